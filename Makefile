@@ -1,0 +1,70 @@
+# make demo     run the demo                     make wheel    build dist/leanattn-*.whl
+# make test     run the tests                    make format   format C++ and Python, in place
+# make clean    remove what was built            make lint     check both, change nothing
+#
+# Each makes its own environment, .venv-dev, from the pinned requirements and builds what it needs.
+# PYTHON picks another interpreter; ARGS go to the demo or to pytest: make test ARGS="-k schedule".
+
+PYTHON ?= python3
+VENV := .venv-dev
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Folders too, for their time tells of files that are gone.
+SOURCES := setup.py pyproject.toml $(shell find csrc leanattn \
+  \( -path csrc/cutlass -o -name __pycache__ \) -prune -o -print)
+
+.PHONY: demo test build wheel format lint clean
+
+# -I: not from this folder, whose leanattn/ has no compiled part, but from the environment.
+demo: build
+	$(VENV)/bin/python -I -m leanattn $(ARGS)
+
+# PATH: what the tests compile themselves, they compile with the environment's ninja.
+test: build
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest $(ARGS)
+
+build: $(VENV)/built
+
+wheel: $(VENV)/requirements
+	rm -rf build/lib* dist
+	$(VENV)/bin/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+format: $(VENV)/formatters
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(VENV)/bin/clang-format -i
+	$(VENV)/bin/ruff format
+
+lint: $(VENV)/formatters
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(VENV)/bin/clang-format -n -Werror
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+
+clean:
+	rm -rf build dist *.egg-info $(VENV)/built
+
+# Compiled files stay in build/, so that a second build takes only what changed; what setuptools
+# copied to build/lib* goes, for it would keep modules that are gone from leanattn/.
+$(VENV)/built: $(VENV)/requirements $(SOURCES)
+	@echo "building leanattn; the log is $(VENV)/build.log"
+	@rm -rf build/lib*
+	@$(VENV)/bin/pip install -v --no-build-isolation --no-deps . > $(VENV)/build.log 2>&1 \
+	  || { cat $(VENV)/build.log; exit 1; }
+	@sed -n 's/^ *leanattn: /leanattn: /p' $(VENV)/build.log
+	@touch $@
+
+$(VENV)/requirements: requirements-dev.txt requirements-cuda.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "leanattn needs Python >= 3.10: name one, as in 'make PYTHON=python3.12 test'"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv, sysconfig as s; open(s.get_path("include") + "/Python.h")' \
+	  2> /dev/null || { echo "leanattn needs Python's venv module and headers: install them" \
+	  "(Debian, Ubuntu: apt install python3-venv python3-dev)"; exit 1; }
+	@command -v $(firstword $(CXX)) > /dev/null || { echo "leanattn needs a C++ compiler:" \
+	  "install one (Debian, Ubuntu: apt install g++)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --no-deps -r requirements-cuda.txt
+	@touch $@
+
+$(VENV)/formatters: $(VENV)/requirements
+	$(VENV)/bin/pip install --quiet clang-format==23.1.5 ruff==0.17.5
+	@touch $@
