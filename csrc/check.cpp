@@ -1,0 +1,56 @@
+#include "check.h"
+
+#include <torch/csrc/stable/device.h>
+
+namespace leanattn {
+
+using torch::headeronly::DeviceType;
+
+std::string device_string(const Tensor& t) {
+  const auto device = t.device();
+  switch (device.type()) {
+    case DeviceType::CPU: return "cpu";
+    case DeviceType::CUDA: return "cuda:" + std::to_string(device.index());
+    case DeviceType::Meta: return "meta";
+    default: return "device type " + std::to_string(static_cast<int>(device.type()));
+  }
+}
+
+void Checker::dtype(const Tensor& t, const char* argument, ScalarType wanted) const {
+  require(t.scalar_type() == wanted, argument, "must be ", toString(wanted), ", got ",
+          toString(t.scalar_type()));
+}
+
+void Checker::same_device(const Tensor& t, const char* argument, const Tensor& q) const {
+  require(t.device() == q.device(), argument, "must be on q's device, ", device_string(q), ", got ",
+          device_string(t));
+}
+
+void Checker::shape(const Tensor& t, const char* argument, const char* names,
+                    std::initializer_list<int64_t> wanted) const {
+  const auto sizes = t.sizes();
+  bool equal = sizes.size() == wanted.size();
+  for (size_t i = 0; equal && i < wanted.size(); ++i) equal = sizes[i] == wanted.begin()[i];
+  if (equal) return;
+  require(false, argument, "must have shape ", names, " = ", list_string(std::vector(wanted)),
+          ", got ", shape_string(t));
+}
+
+void Checker::cuda_layout(const Tensor& t, const char* argument) const {
+  const int64_t element_size = static_cast<int64_t>(t.element_size());
+  const int64_t dims = t.dim();
+  require(t.stride(dims - 1) == 1 || t.size(dims - 1) == 1, argument,
+          "must have a contiguous last dimension on CUDA, got strides ", list_string(t.strides()));
+  if (t.numel() == 0) return;
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  require(address % 16 == 0, argument, "must begin on a 16-byte boundary on CUDA, got address ",
+          address, ", which is ", address % 16, " bytes past one");
+  for (int64_t i = 0; i < dims - 1; ++i) {
+    // The stride of a single row means nothing.
+    require(t.size(i) == 1 || t.stride(i) * element_size % 16 == 0, argument,
+            "must have strides that are multiples of 16 bytes (", 16 / element_size,
+            " elements) on CUDA, got strides ", list_string(t.strides()));
+  }
+}
+
+}  // namespace leanattn

@@ -1,0 +1,58 @@
+// Argument checks: every message names the op, the argument, the value given and what is allowed.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace leanattn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Sizes>
+std::string list_string(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  text << ']';
+  return text.str();
+}
+
+inline std::string shape_string(const Tensor& t) { return list_string(t.sizes()); }
+
+std::string device_string(const Tensor& t);
+
+// The op whose arguments are being checked.
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  // "leanattn::decode: q must be ..., got ...": text goes after the argument's name.
+  template <class... Text>
+  void require(bool condition, const char* argument, const Text&... text) const {
+    if (condition) return;
+    std::ostringstream message;
+    message << "leanattn::" << op_ << ": " << argument << ' ';
+    (message << ... << text);
+    throw std::runtime_error(message.str());
+  }
+
+  void dtype(const Tensor& t, const char* argument, ScalarType wanted) const;
+  void same_device(const Tensor& t, const char* argument, const Tensor& q) const;
+  void shape(const Tensor& t, const char* argument, const char* names,
+             std::initializer_list<int64_t> wanted) const;
+  // The last dimension contiguous and everything else on 16-byte boundaries, which CUDA needs.
+  void cuda_layout(const Tensor& t, const char* argument) const;
+
+ private:
+  const char* op_;
+};
+
+}  // namespace leanattn

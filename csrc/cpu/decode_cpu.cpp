@@ -1,0 +1,272 @@
+#include "decode_cpu.h"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../schedule_host.h"
+#include "tile_math.h"
+
+namespace leanattn {
+namespace {
+
+// The states of an item's rows; see softmax_state.h, whose algebra this is for a run-time Dv.
+struct RowStates {
+  std::vector<float> max;  // [rows]
+  std::vector<float> sum;  // [rows]
+  std::vector<float> o;    // [rows, Dv]
+  int head_dim_v;
+
+  RowStates(int rows, int head_dim_v)
+      : max(rows, kNegativeInfinity),
+        sum(rows, 0.0f),
+        o(static_cast<size_t>(rows) * head_dim_v, 0.0f),
+        head_dim_v(head_dim_v) {}
+
+  float* o_row(int row) { return o.data() + static_cast<size_t>(row) * head_dim_v; }
+
+  // Takes the row's maximum up to new_max.
+  void rescale(int row, float new_max) {
+    if (new_max == max[row]) return;
+    const float factor = rescale_factor(max[row], new_max);
+    sum[row] *= factor;
+    float* o = o_row(row);
+    for (int d = 0; d < head_dim_v; ++d) o[d] *= factor;
+    max[row] = new_max;
+  }
+
+  void merge(int row, float other_max, float other_sum, const float* other_o) {
+    rescale(row, std::max(max[row], other_max));
+    const float factor = rescale_factor(other_max, max[row]);
+    sum[row] += factor * other_sum;
+    float* o = o_row(row);
+    for (int d = 0; d < head_dim_v; ++d) o[d] += factor * other_o[d];
+  }
+};
+
+template <class Element>
+class CpuDecode {
+ public:
+  CpuDecode(const DecodeParams& params, const ParallelFor& parallel_for)
+      : params_(params),
+        problem_(params.problem),
+        parallel_for_(parallel_for),
+        line_(params.problem, params.max_units) {}
+
+  void run() {
+    const int units = line_.shares().num_units;
+    // The item, if any, that begins in a unit's share and goes on in the next.
+    std::vector<std::optional<Segment>> cut_items(units);
+    parallel_for_(units, [&](int64_t unit) {
+      SegmentWalker walker = line_.walk(static_cast<int>(unit));
+      Segment segment;
+      while (walker.next(segment)) {
+        RowStates states = compute(segment);
+        if (segment.is_whole()) {
+          write(segment, states);
+          continue;
+        }
+        store_partial(segment, static_cast<int>(unit), states);
+        if (participants(line_.shares(), segment).first == unit) cut_items[unit] = segment;
+      }
+    });
+    parallel_for_(units, [&](int64_t unit) {
+      if (cut_items[unit]) write(*cut_items[unit], merge_partials(*cut_items[unit]));
+    });
+    parallel_for_(problem_.batch, [&](int64_t seq) { write_empty_items(static_cast<int>(seq)); });
+    if (problem_.cu_seqlens_q) {
+      write_uncovered_rows(0, first_query_row(problem_));
+      write_uncovered_rows(line_.query_end(), problem_.total_q);
+    }
+  }
+
+ private:
+  int rows_of(const Segment& segment) const {
+    return item_rows(problem_, segment.sequence, segment.row_block);
+  }
+
+  // --- Main loop: one segment from its keys to its states ---
+
+  RowStates compute(const Segment& segment) const {
+    const int rows = rows_of(segment);
+    const int head_dim = params_.head_dim;
+    const int head_dim_v = params_.head_dim_v;
+    const int tile = 1 << problem_.tile_tokens_log2;
+    std::vector<float> q(static_cast<size_t>(rows) * head_dim);
+    std::vector<float> k(static_cast<size_t>(tile) * head_dim);
+    std::vector<float> v(static_cast<size_t>(tile) * head_dim_v);
+    std::vector<double> scores(tile);
+    std::vector<float> probabilities(tile);
+    RowStates states(rows, head_dim_v);
+    load_queries(segment, rows, q.data());
+    for (int t = segment.tile_begin; t < segment.tile_end; ++t) {
+      const KeyRange keys{std::max(segment.keys.any.begin, t * tile),
+                          std::min<int>(segment.keys.any.end, std::min<int64_t>(
+                                            int64_t{t + 1} * tile, problem_.capacity))};
+      load_keys(segment, keys, params_.k, params_.k_batch_stride, params_.k_seq_stride,
+                params_.k_head_stride, params_.k_dim_stride, head_dim, k.data());
+      load_keys(segment, keys, params_.v, params_.v_batch_stride, params_.v_seq_stride,
+                params_.v_head_stride, params_.v_dim_stride, head_dim_v, v.data());
+      for (int row = 0; row < rows; ++row) {
+        const QueryRow r = query_row(params_, segment, row);
+        const KeyRange seen = visible_keys(problem_.mask, segment.sequence.length, r.position);
+        const int begin = std::max(seen.begin, keys.begin);
+        const int end = std::min(seen.end, keys.end);
+        if (begin >= end) continue;  // keys that this row does not see are not even multiplied by 0
+        const size_t skip = begin - keys.begin;
+        multiply_keys(&q[static_cast<size_t>(row) * head_dim], &k[skip * head_dim], end - begin,
+                      head_dim, scores.data());
+        softmax(states, row, r, segment, begin, end, scores.data(), probabilities.data());
+        multiply_values(probabilities.data(), &v[skip * head_dim_v], end - begin, head_dim_v,
+                        states.o_row(row));
+      }
+    }
+    return states;
+  }
+
+  // One row's online softmax over keys [begin, end): dot products become probabilities. Scores stay in
+  // double until the maximum is off them, for then only small differences count.
+  void softmax(RowStates& states, int row, const QueryRow& r, const Segment& segment, int begin,
+               int end, double* scores, float* probabilities) const {
+    const float slope =
+        params_.alibi_slopes ? params_.alibi_slopes[segment.seq * params_.alibi_batch_stride +
+                                                    r.head * params_.alibi_head_stride]
+                             : 0.0f;
+    float new_max = states.max[row];
+    for (int key = begin; key < end; ++key) {
+      double& score = scores[key - begin];
+      score = score_log2(params_, score, slope, std::abs(r.position - key));
+      new_max = std::fmax(new_max, static_cast<float>(score));
+    }
+    states.rescale(row, new_max);
+    const double base = exponent_base(new_max);
+    float sum = 0.0f;
+    for (int i = 0; i < end - begin; ++i) {
+      probabilities[i] = fast_exp2(static_cast<float>(scores[i] - base));
+      sum += probabilities[i];
+    }
+    states.sum[row] += sum;
+  }
+
+  void load_queries(const Segment& segment, int rows, float* q) const {
+    for (int row = 0; row < rows; ++row) {
+      const QueryRow r = query_row(params_, segment, row);
+      load_row(static_cast<const Element*>(params_.q) +
+                   q_offset(params_, segment.seq, segment.sequence, r.query, r.head),
+               params_.q_dim_stride, params_.head_dim, q + static_cast<size_t>(row) * params_.head_dim);
+    }
+  }
+
+  void load_keys(const Segment& segment, KeyRange keys, const void* cache, int64_t batch_stride,
+                 int64_t seq_stride, int64_t head_stride, int64_t dim_stride, int head_dim,
+                 float* to) const {
+    const Element* from = static_cast<const Element*>(cache) + segment.seq * batch_stride +
+                          segment.head * head_stride;
+    for (int key = keys.begin; key < keys.end; ++key) {
+      load_row(from + key * seq_stride, dim_stride, head_dim,
+               to + static_cast<size_t>(key - keys.begin) * head_dim);
+    }
+  }
+
+  static void load_row(const Element* from, int64_t stride, int n, float* to) {
+    if (stride == 1) {
+      for (int i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+    } else {
+      for (int i = 0; i < n; ++i) to[i] = static_cast<float>(from[i * stride]);
+    }
+  }
+
+  // --- Fixup ---
+
+  void store_partial(const Segment& segment, int unit, const RowStates& states) const {
+    const int64_t slot =
+        partial_index(line_.shares(), segment, unit) * problem_.rows_per_item;
+    for (int row = 0; row < rows_of(segment); ++row) {
+      params_.partial_stats[(slot + row) * 2] = states.max[row];
+      params_.partial_stats[(slot + row) * 2 + 1] = states.sum[row];
+    }
+    std::memcpy(params_.partial_o + slot * params_.head_dim_v, states.o.data(),
+                states.o.size() * sizeof(float));
+  }
+
+  RowStates merge_partials(const Segment& segment) const {
+    RowStates states(rows_of(segment), params_.head_dim_v);
+    const Participants units = participants(line_.shares(), segment);
+    for (int unit = units.first; unit <= units.last; ++unit) {
+      const int64_t slot =
+          partial_index(line_.shares(), segment, unit) * problem_.rows_per_item;
+      for (int row = 0; row < rows_of(segment); ++row) {
+        const float* stats = params_.partial_stats + (slot + row) * 2;
+        states.merge(row, stats[0], stats[1], params_.partial_o + (slot + row) * params_.head_dim_v);
+      }
+    }
+    return states;
+  }
+
+  // --- Output ---
+
+  void write(const Segment& segment, RowStates states) const {
+    for (int row = 0; row < rows_of(segment); ++row) {
+      const QueryRow r = query_row(params_, segment, row);
+      if (params_.sinks) {
+        const std::vector<float> no_value(params_.head_dim_v, 0.0f);
+        states.merge(row, params_.sinks[r.head * params_.sinks_stride] * kLog2E, 1.0f,
+                     no_value.data());
+      }
+      write_row(segment.seq, segment.sequence.query_begin + r.query, r.head, states.o_row(row),
+                inverse_of(states.sum[row]), lse_of(states.max[row], states.sum[row]));
+    }
+  }
+
+  void write_row(int seq, int q_row, int head, const float* o, float factor, float lse) const {
+    Element* out = static_cast<Element*>(params_.out) + out_offset(params_, seq, q_row, head);
+    for (int d = 0; d < params_.head_dim_v; ++d) {
+      out[d * params_.out_dim_stride] = static_cast<Element>(o ? o[d] * factor : 0.0f);
+    }
+    if (params_.lse) params_.lse[lse_offset(params_, seq, q_row, head)] = lse;
+  }
+
+  void write_empty_items(int seq) const {
+    const Sequence sequence = line_.sequence(seq);
+    const int rows = std::min(num_empty_row_blocks(problem_, sequence) * problem_.rows_per_item,
+                              num_rows(problem_, sequence));
+    for (int row = 0; row < rows; ++row) {
+      for (int head_kv = 0; head_kv < problem_.num_heads_kv; ++head_kv) {
+        const int head = head_kv * problem_.group_size + row % problem_.group_size;
+        write_row(seq, sequence.query_begin + row / problem_.group_size, head, nullptr, 0.0f,
+                  params_.sinks ? params_.sinks[head * params_.sinks_stride] : kNegativeInfinity);
+      }
+    }
+  }
+
+  void write_uncovered_rows(int begin, int end) const {
+    for (int row = begin; row < end; ++row) {
+      for (int head = 0; head < params_.num_heads_q; ++head) {
+        write_row(0, row, head, nullptr, 0.0f, kNegativeInfinity);
+      }
+    }
+  }
+
+  const DecodeParams& params_;
+  const Problem& problem_;
+  const ParallelFor& parallel_for_;
+  HostLine line_;
+};
+
+}  // namespace
+
+void decode_cpu(const DecodeParams& params, const ParallelFor& parallel_for) {
+  switch (params.element_type) {
+    case ElementType::kFloat32: return CpuDecode<float>(params, parallel_for).run();
+    case ElementType::kFloat16:
+      return CpuDecode<torch::headeronly::Half>(params, parallel_for).run();
+    case ElementType::kBFloat16:
+      return CpuDecode<torch::headeronly::BFloat16>(params, parallel_for).run();
+  }
+}
+
+}  // namespace leanattn

@@ -1,0 +1,38 @@
+#include "tile_math.h"
+
+// One wheel serves every x86-64: the loader picks the copy that the processor can run.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+#define LEANATTN_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
+#else
+#define LEANATTN_CLONES
+#endif
+
+namespace leanattn {
+
+LEANATTN_CLONES
+void multiply_keys(const float* q, const float* k, int tokens, int head_dim, double* dots) {
+  for (int token = 0; token < tokens; ++token) {
+    const float* row = k + static_cast<long>(token) * head_dim;
+    double dot = 0.0;
+#pragma omp simd reduction(+ : dot)
+    for (int d = 0; d < head_dim; ++d) dot += static_cast<double>(q[d]) * row[d];
+    dots[token] = dot;
+  }
+}
+
+LEANATTN_CLONES
+void multiply_values(const float* p, const float* v, int tokens, int head_dim, float* o) {
+  // A tile's sum first, then o: a million keys added to o one by one would lose fp32's last digits.
+  constexpr int kBlock = 8;  // head dims are multiples of it
+  for (int block = 0; block < head_dim; block += kBlock) {
+    float sum[kBlock] = {};
+    for (int token = 0; token < tokens; ++token) {
+      const float* row = v + static_cast<long>(token) * head_dim + block;
+#pragma omp simd
+      for (int d = 0; d < kBlock; ++d) sum[d] += p[token] * row[d];
+    }
+    for (int d = 0; d < kBlock; ++d) o[block + d] += sum[d];
+  }
+}
+
+}  // namespace leanattn

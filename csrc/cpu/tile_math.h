@@ -1,0 +1,13 @@
+// The two inner products of attention on dense fp32 tiles, compiled for several instruction sets.
+#pragma once
+
+namespace leanattn {
+
+// The dot product of q [head_dim] with each of `tokens` rows of k [tokens, head_dim]. In double: a
+// logit of 50 with fp32's rounding would be off by more than fp32 results may be.
+void multiply_keys(const float* q, const float* k, int tokens, int head_dim, double* dots);
+
+// o [head_dim] += sum over tokens of p[token] * v[token], v [tokens, head_dim].
+void multiply_values(const float* p, const float* v, int tokens, int head_dim, float* o);
+
+}  // namespace leanattn

@@ -1,0 +1,10 @@
+#include "../launch_kernel.h"
+
+namespace leanattn {
+
+LEANATTN_INSTANTIATE(__half, 64, 8)
+LEANATTN_INSTANTIATE(__half, 64, 16)
+LEANATTN_INSTANTIATE(__half, 64, 32)
+LEANATTN_INSTANTIATE(__half, 64, 64)
+
+}  // namespace leanattn

@@ -1,0 +1,86 @@
+// The fixup: puts an item together again that several units have computed parts of (the paper's
+// host-block reduction). Every unit leaves its partial in the workspace and draws a ticket; the one
+// that draws the last merges all partials in the order of the units, so that the result does not
+// depend on who came last. Nobody waits, so it needs no CTA to run beside another.
+//
+// Memory ordering, CTA i to the last CTA:
+//   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: atom.acq_rel (release)
+//   last CTA's thread 0: atom.acq_rel (acquire)  ->  sync_consumers  ->  loads of all its threads
+// The loads go to L2 (__ldcg): the non-coherent path could hold the slot's old contents.
+#pragma once
+
+#include "output.h"
+#include "warp_merge.h"
+
+namespace leanattn {
+
+template <class Traits>
+__device__ __forceinline__ void store_partial(const DecodeParams& params, int64_t index, int row,
+                                              int dim, const QuadState& state) {
+  const int64_t slot_row = index * params.problem.rows_per_item + row;
+  const float4 o{state.o[0], state.o[1], state.o[2], state.o[3]};
+  __stcg(reinterpret_cast<float4*>(params.partial_o + slot_row * params.head_dim_v + dim), o);
+  if (dim == 0) {
+    __stcg(reinterpret_cast<float2*>(params.partial_stats + slot_row * 2),
+           float2{state.max, state.sum});
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ QuadState load_partial(const DecodeParams& params, int64_t index,
+                                                  int row, int dim) {
+  const int64_t slot_row = index * params.problem.rows_per_item + row;
+  const float4 o =
+      __ldcg(reinterpret_cast<const float4*>(params.partial_o + slot_row * params.head_dim_v + dim));
+  const float2 stats =
+      __ldcg(reinterpret_cast<const float2*>(params.partial_stats + slot_row * 2));
+  QuadState state;
+  state.max = stats.x;
+  state.sum = stats.y;
+  state.o[0] = o.x;
+  state.o[1] = o.y;
+  state.o[2] = o.z;
+  state.o[3] = o.w;
+  return state;
+}
+
+// By all consumer threads, after their stores. True in every thread of the unit that came last,
+// which has then put the counter back to zero: no other unit will look at it again.
+template <class Traits>
+__device__ __forceinline__ bool draw_last_ticket(const DecodeParams& params, const Segment& segment,
+                                                 const Participants& units,
+                                                 typename Traits::SharedStorage& smem) {
+  sync_consumers<Traits>();  // all partial stores of this CTA come before the release below
+  if (threadIdx.x == 0) {
+    int* counter = params.counters + counter_index(params, segment, units.first);
+    smem.ticket = ptx::atom_add_acq_rel_gpu(counter, 1);
+    if (smem.ticket == units.count() - 1) *counter = 0;
+  }
+  sync_consumers<Traits>();  // the ticket is there; the acquire covers the whole CTA
+  return smem.ticket == units.count() - 1;
+}
+
+// By all consumer threads of the unit that came last.
+template <class Traits>
+__device__ __forceinline__ void merge_partials(const DecodeParams& params, const Shares& shares,
+                                               const Segment& segment, const Participants& units) {
+  constexpr int kInFlight = 8;  // partials that a thread loads at once
+  const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
+  for_each_quad<Traits>(0, rows, params.head_dim_v, [&](int row, int dim) {
+    QuadState merged;
+    for (int first = units.first; first <= units.last; first += kInFlight) {
+      QuadState batch[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        const int unit = first + i;
+        if (unit <= units.last) {
+          batch[i] = load_partial<Traits>(params, partial_index(shares, segment, unit), row, dim);
+        }
+      }
+      merged.merge(batch);
+    }
+    write_quad<Traits>(params, segment, row, dim, merged);
+  });
+}
+
+}  // namespace leanattn

@@ -1,0 +1,133 @@
+// The producer's two ways of filling a stage with one tile of K or V: bulk tensor copies (sm_90 and
+// later) and cp.async (sm_80 and later). Both write the same swizzled layout and both bring only
+// rows that some query sees, rounded out to the copy's own grain; the rest of the stage keeps
+// whatever it held, so consumers must not use it. Columns beyond the head dim are zero.
+#pragma once
+
+#include <cuda.h>
+
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+#include <cutlass/arch/barrier.h>
+
+#include "ring.h"
+
+namespace leanattn {
+
+// Tensor maps of K and V, [B, Hkv, S, 64 of D] from the outermost dimension; boxes of box_tokens
+// rows of 64 elements, 128-byte swizzle.
+struct TensorMaps {
+  CUtensorMap k;
+  CUtensorMap v;
+  int box_tokens;
+};
+
+// One of K or V, as the loaders see it.
+template <class Element>
+struct CacheView {
+  const CUtensorMap* map;
+  const Element* data;  // [B, S, Hkv, head_dim]
+  int64_t batch_stride, seq_stride, head_stride;
+  int head_dim;
+};
+
+// Rows [first, last) of the tile that starts at token `tile_token` which hold visible keys.
+template <class Traits>
+__device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, int tile_token) {
+  return {max_of(segment.keys.any.begin - tile_token, 0),
+          min_of(segment.keys.any.end - tile_token, Traits::kTile)};
+}
+
+// By one lane.
+template <class Traits>
+struct TmaLoader {
+  static constexpr int kArrivals = 1;
+  int box_tokens;
+
+  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+                                       const Segment& segment, int tile_token,
+                                       const Ring<Traits>& ring) const {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 != 0) return;
+    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const int first = rows.begin / box_tokens * box_tokens;
+    const int boxes = ceil_div(rows.end - first, box_tokens) * Traits::kColumnBlocks;
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(ring.full_barrier(),
+                                                                   boxes * box_tokens * 128);
+    for (int row = first; row < rows.end; row += box_tokens) {
+      for (int block = 0; block < Traits::kColumnBlocks; ++block) {
+        cute::SM90_TMA_LOAD_4D::copy(
+            cache.map, ring.full_barrier(),
+            static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+            ring.stage_smem() + block * (Traits::kTile * 128) + row * 128, block * 64,
+            tile_token + row, segment.head, segment.seq);
+      }
+    }
+#endif
+  }
+};
+
+// By all lanes of the producer warp.
+template <class Traits>
+struct CpAsyncLoader {
+  static constexpr int kArrivals = 32;
+
+  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+                                       const Segment& segment, int tile_token,
+                                       const Ring<Traits>& ring) const {
+    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row
+    constexpr int kRowsAtOnce = 32 / kChunks;
+    static_assert(kRowsAtOnce >= 1, "a row is at most one chunk a lane");
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % kChunks;
+    const bool inside = chunk * 8 < cache.head_dim;
+    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    uint8_t* stage_smem = ring.stage_smem();
+    // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
+    const typename Traits::Element* source = cache.data + segment.seq * cache.batch_stride +
+                                             segment.head * cache.head_stride +
+                                             (inside ? chunk * 8 : 0);
+#pragma unroll 4
+    for (int row = rows.begin + lane / kChunks; row < rows.end; row += kRowsAtOnce) {
+      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
+          *reinterpret_cast<const uint4*>(source + (tile_token + row) * cache.seq_stride),
+          *reinterpret_cast<uint4*>(stage_smem + swizzled_offset<Traits::kTile>(row, chunk)),
+          inside);
+    }
+    ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
+  }
+};
+
+// The producer warp's whole life: K and V of every tile of every segment of the unit.
+template <class Traits, class Loader>
+__device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
+                                        SegmentWalker walker, const Loader& loader,
+                                        Ring<Traits> ring) {
+  using Element = typename Traits::Element;
+  const CacheView<Element> k{&maps.k,
+                             static_cast<const Element*>(params.k),
+                             params.k_batch_stride,
+                             params.k_seq_stride,
+                             params.k_head_stride,
+                             params.head_dim};
+  const CacheView<Element> v{&maps.v,
+                             static_cast<const Element*>(params.v),
+                             params.v_batch_stride,
+                             params.v_seq_stride,
+                             params.v_head_stride,
+                             params.head_dim_v};
+  Segment segment;
+  while (walker.next(segment)) {
+    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+      const int tile_token = tile * Traits::kTile;
+      ring.wait_empty();
+      loader.load(k, segment, tile_token, ring);
+      ring.advance();
+      ring.wait_empty();
+      loader.load(v, segment, tile_token, ring);
+      ring.advance();
+    }
+  }
+}
+
+}  // namespace leanattn

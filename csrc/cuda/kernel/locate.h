@@ -1,0 +1,147 @@
+// Finds a unit's place on the line: a prefix sum over the lengths, by the whole CTA. Each thread
+// takes a stripe of neighbouring sequences, so any batch size goes the same way.
+#pragma once
+
+#include "traits.h"
+
+namespace leanattn {
+
+struct Sum {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return max_of(a, b);
+  }
+};
+
+// Exclusive scan over the threads of the CTA, from `identity`; total over all of them.
+template <int kThreads, class T, class Op>
+__device__ __forceinline__ T exclusive_scan(T value, T identity, Op op, T* warps_smem, T& total) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  T inclusive = value;
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T other = __shfl_up_sync(~0u, inclusive, distance);
+    if (lane >= distance) inclusive = op(other, inclusive);
+  }
+  if (lane == 31) warps_smem[warp] = inclusive;
+  __syncthreads();  // the warps' totals are there
+  T before = identity;
+  total = identity;
+  for (int w = 0; w < kThreads / 32; ++w) {
+    if (w == warp) before = total;
+    total = op(total, warps_smem[w]);
+  }
+  const T previous = __shfl_up_sync(~0u, inclusive, 1);
+  return lane == 0 ? before : op(before, previous);
+}
+
+struct Place {
+  Shares shares;
+  Position start;   // of the sequence in which this unit's share begins
+  int query_end;    // where the last sequence's queries end
+  bool any_empty;   // some sequence has rows that see no key
+};
+
+// Without lengths in device memory all sequences are alike and a division does.
+__device__ __forceinline__ Place locate_uniform(const DecodeParams& params, int unit) {
+  const Problem& problem = params.problem;
+  const Sequence sequence = load_sequence(problem, 0, 0);
+  const int tiles = problem.num_heads_kv * tiles_per_head(problem, sequence);
+  Place place;
+  place.query_end = 0;
+  place.any_empty = has_empty_items(problem, sequence);
+  place.shares = make_shares(problem.batch * tiles, params.max_units);
+  place.start = {0, 0, 0};
+  if (unit < place.shares.num_units) {
+    place.start.seq = place.shares.begin(unit) / tiles;
+    place.start.line = place.start.seq * tiles;
+  }
+  return place;
+}
+
+// Sequences a thread.
+template <class Traits>
+__device__ __forceinline__ int stripe_length(const Problem& problem) {
+  return ceil_div(problem.batch, Traits::kThreads);
+}
+
+// Any sequence, after locate.
+template <class Traits>
+__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int seq,
+                                                  const typename Traits::SharedStorage& smem) {
+  if (!problem.cu_seqlens_q) return load_sequence(problem, seq, 0);
+  const int stripe = stripe_length<Traits>(problem);
+  int query_begin = smem.stripe_query_begin[seq / stripe];
+  for (int before = seq / stripe * stripe; before < seq; ++before) {
+    query_begin = next_query_begin(problem, load_sequence(problem, before, query_begin));
+  }
+  return load_sequence(problem, seq, query_begin);
+}
+
+template <class Traits>
+__device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
+                                        typename Traits::SharedStorage& smem) {
+  const Problem& problem = params.problem;
+  if (!problem.cache_seqlens && !problem.cu_seqlens_q) return locate_uniform(params, unit);
+
+  const int stripe = stripe_length<Traits>(problem);
+  const int first = min_of<int>(threadIdx.x * stripe, problem.batch);
+  const int last = min_of(first + stripe, problem.batch);
+
+  // Clamping an entry of cu_seqlens_q to the one before makes a running maximum of it.
+  Place place;
+  place.query_end = 0;
+  int query_begin = 0;
+  if (problem.cu_seqlens_q) {
+    int largest = first_query_row(problem);
+    for (int seq = first; seq < last; ++seq) {
+      largest = max_of(largest, problem.cu_seqlens_q[(seq + 1) * problem.cu_seqlens_q_stride]);
+    }
+    query_begin = exclusive_scan<Traits::kThreads>(largest, first_query_row(problem), Max{},
+                                                   smem.scan_queries, place.query_end);
+    query_begin = min_of(query_begin, problem.total_q);
+    place.query_end = min_of(place.query_end, problem.total_q);
+    smem.stripe_query_begin[threadIdx.x] = query_begin;
+  }
+
+  int tiles = 0;
+  int running = query_begin;
+  bool empty = false;
+  for (int seq = first; seq < last; ++seq) {
+    const Sequence sequence = load_sequence(problem, seq, running);
+    tiles += problem.num_heads_kv * tiles_per_head(problem, sequence);
+    empty |= has_empty_items(problem, sequence);
+    running = next_query_begin(problem, sequence);
+  }
+  int num_tiles;
+  Position position;
+  position.line = exclusive_scan<Traits::kThreads>(tiles, 0, Sum{}, smem.scan_tiles,
+                                                   num_tiles);
+
+  place.shares = make_shares(num_tiles, params.max_units);
+  const int wanted = unit < place.shares.num_units ? place.shares.begin(unit) : -1;
+  if (position.line <= wanted && wanted < position.line + tiles) {
+    // The stripe with the unit's first tile: walk it to the sequence.
+    position.query_begin = query_begin;
+    for (position.seq = first;; ++position.seq) {
+      const Sequence sequence = load_sequence(problem, position.seq, position.query_begin);
+      const int here = problem.num_heads_kv * tiles_per_head(problem, sequence);
+      if (wanted < position.line + here) break;
+      position.line += here;
+      position.query_begin = next_query_begin(problem, sequence);
+    }
+    smem.start = position;
+  }
+  place.any_empty = __syncthreads_or(empty);  // also: smem.start is there
+  place.start = smem.start;
+  return place;
+}
+
+}  // namespace leanattn

@@ -1,0 +1,385 @@
+// The main loop of a consumer warp: its slice of every tile goes through S^T = K Q^T, the online
+// softmax and O^T += V^T P^T, all in registers. It knows nothing of other warps or CTAs.
+#pragma once
+
+#include "mma.h"
+#include "ring.h"
+
+namespace leanattn {
+
+// Which part of the [tokens, rows, Dv] space a warp computes, and which elements its lane holds.
+template <class Traits>
+struct WarpPlace {
+  int slice;      // of the tile's tokens
+  int row_group;  // of the item's rows
+  int dim_group;  // of Dv
+  int g;          // lane / 4: token (or dim) within an 8-row half of a fragment
+  int t;          // lane % 4: columns 2t and 2t + 1, which are query rows
+
+  __device__ __forceinline__ explicit WarpPlace(int warp)
+      : slice(warp % Traits::kSlices),
+        row_group(warp / Traits::kSlices % Traits::kRowGroups),
+        dim_group(warp / (Traits::kSlices * Traits::kRowGroups)),
+        g(threadIdx.x % 32 / 4),
+        t(threadIdx.x % 4) {}
+
+  // The item row of column c (0 or 1) of row step n.
+  __device__ __forceinline__ int row(int n, int c) const {
+    return row_group * Traits::kWarpRows + n * 8 + t * 2 + c;
+  }
+};
+
+template <class Traits>
+struct WarpState {
+  float max[Traits::kRowSteps][2];
+  float sum[Traits::kRowSteps][2];                    // this lane's share until reduce_sum
+  float o[Traits::kDimSteps][Traits::kRowSteps][4];  // O^T fragments: [16 of Dv, 8 rows]
+
+  __device__ __forceinline__ void clear() {
+    for (int n = 0; n < Traits::kRowSteps; ++n) {
+      for (int c = 0; c < 2; ++c) {
+        max[n][c] = kNegativeInfinity;
+        sum[n][c] = 0.0f;
+      }
+      for (int j = 0; j < Traits::kDimSteps; ++j) {
+        for (int i = 0; i < 4; ++i) o[j][n][i] = 0.0f;
+      }
+    }
+  }
+
+  // The lanes of a column sum different tokens; afterwards all hold the whole sum.
+  __device__ __forceinline__ void reduce_sum() {
+    for (int n = 0; n < Traits::kRowSteps; ++n) {
+      for (int c = 0; c < 2; ++c) {
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          sum[n][c] += __shfl_xor_sync(~0u, sum[n][c], lanes);
+        }
+      }
+    }
+  }
+};
+
+template <class Traits>
+class MainLoop {
+ public:
+  using Element = typename Traits::Element;
+  static constexpr int kTokenSteps = Traits::kTokenSteps;
+  static constexpr int kRowSteps = Traits::kRowSteps;
+  static constexpr int kDimSteps = Traits::kDimSteps;
+  static constexpr int kDepthSteps = Traits::kDepthSteps;
+
+  __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place,
+                                      const uint8_t* q_smem)
+      : params_(params), place_(place), q_smem_(q_smem) {
+    plain_scores_ = params.softcap == 0.0f && params.alibi_slopes == nullptr;
+    scale_log2_ = params.softmax_scale * kLog2E;
+  }
+
+  // All tiles of one segment. q must lie in shared memory.
+  __device__ __forceinline__ void run(const Segment& segment, Ring<Traits>& ring,
+                                      WarpState<Traits>& state) {
+    segment_ = &segment;
+    state.clear();
+    for (int n = 0; n < kRowSteps; ++n) {
+      for (int c = 0; c < 2; ++c) {
+        position_[n][c] = query_row(params_, segment, place_.row(n, c)).position;
+      }
+    }
+    if constexpr (Traits::kQueryInRegisters) {
+      for (int n = 0; n < kRowSteps; ++n) {
+        for (int depth = 0; depth < kDepthSteps; depth += 2) {
+          load_query(n, depth, query_[n][depth], query_[n][depth + 1]);
+        }
+      }
+    }
+    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+      const int token = tile * Traits::kTile + place_.slice * Traits::kSliceTokens;
+      const KeyRange any = segment.keys.any;
+      const KeyRange all = segment.keys.all;
+      const bool nothing = token >= any.end || token + Traits::kSliceTokens <= any.begin;
+      const bool everything = token >= all.begin && token + Traits::kSliceTokens <= all.end;
+      if (nothing) {
+        // A warp with nothing to do still follows the ring: its arrival must not count for an
+        // earlier round.
+        for (int operand = 0; operand < 2; ++operand) {
+          ring.wait_full();
+          ring.release();
+          ring.advance();
+        }
+      } else if (everything) {
+        step<false>(token, ring, state);
+      } else {
+        step<true>(token, ring, state);
+      }
+    }
+    state.reduce_sum();
+  }
+
+ private:
+  using Scores = float[kTokenSteps][kRowSteps][4];                  // S^T: [16 tokens, 8 rows]
+  using Probabilities = uint32_t[kTokenSteps][kRowSteps][2];  // P^T as B operand
+
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int token, Ring<Traits>& ring, WarpState<Traits>& state) {
+    Scores scores;
+    ring.wait_full();
+    multiply_keys(ring.stage_smem(), scores);
+    ring.release();
+    ring.advance();
+
+    Probabilities probabilities;
+    softmax<kMasked>(token, scores, state, probabilities);
+
+    ring.wait_full();
+    multiply_values<kMasked>(ring.stage_smem(), token, probabilities, state);
+    ring.release();
+    ring.advance();
+  }
+
+  // B fragments of q for two depth steps: Q^T [32 of D, 8 rows].
+  __device__ __forceinline__ void load_query(int n, int depth, uint32_t (&b0)[2],
+                                             uint32_t (&b1)[2]) const {
+    const int lane = threadIdx.x % 32;
+    const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
+    uint32_t r[4];
+    ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
+    b0[0] = r[0];
+    b0[1] = r[1];
+    b1[0] = r[2];
+    b1[1] = r[3];
+  }
+
+  __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
+    // A single accumulator would make one long chain of dependent mma: two chains, even and odd.
+    constexpr int kChains = kTokenSteps * kRowSteps == 1 ? 2 : 1;
+    float chains[kChains][kTokenSteps][kRowSteps][4] = {};
+    const int lane = threadIdx.x % 32;
+    const int row0 = place_.slice * Traits::kSliceTokens + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kTokenSteps; ++i) {
+#pragma unroll
+      for (int depth = 0; depth < kDepthSteps; depth += 2) {
+        uint32_t a[2][4];
+        for (int d = 0; d < 2; ++d) {
+          const int chunk = (depth + d) * 2 + lane / 16;
+          ldmatrix_x4(a[d], k_smem + swizzled_offset<Traits::kTile>(row0 + i * 16, chunk));
+        }
+#pragma unroll
+        for (int n = 0; n < kRowSteps; ++n) {
+          uint32_t b[2][2];
+          if constexpr (Traits::kQueryInRegisters) {
+            for (int d = 0; d < 2; ++d) {
+              for (int r = 0; r < 2; ++r) b[d][r] = query_[n][depth + d][r];
+            }
+          } else {
+            load_query(n, depth, b[0], b[1]);
+          }
+          for (int d = 0; d < 2; ++d) {
+            mma_m16n8k16<Element>(chains[d % kChains][i][n], a[d], b[d]);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kTokenSteps; ++i) {
+      for (int n = 0; n < kRowSteps; ++n) {
+        for (int e = 0; e < 4; ++e) {
+          scores[i][n][e] = chains[0][i][n][e];
+          if constexpr (kChains == 2) scores[i][n][e] += chains[1][i][n][e];
+        }
+      }
+    }
+  }
+
+  // Element e of a score fragment: token g (+ 8 for e >= 2), column e % 2.
+  __device__ __forceinline__ int token_of(int token, int i, int e) const {
+    return token + i * 16 + place_.g + e / 2 * 8;
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void softmax(int token, Scores& scores, WarpState<Traits>& state,
+                                          Probabilities& probabilities) const {
+    bool rescale = false;
+    float factor[kRowSteps][2];
+#pragma unroll
+    for (int n = 0; n < kRowSteps; ++n) {
+      finish_scores<kMasked>(token, n, scores);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float new_max = state.max[n][c];
+        for (int i = 0; i < kTokenSteps; ++i) {
+          new_max = fmaxf(new_max, fmaxf(scores[i][n][c], scores[i][n][c + 2]));
+        }
+        for (int lanes = 4; lanes < 32; lanes *= 2) {
+          new_max = fmaxf(new_max, __shfl_xor_sync(~0u, new_max, lanes));
+        }
+        factor[n][c] = rescale_factor(state.max[n][c], new_max);
+        rescale |= new_max != state.max[n][c];
+        state.max[n][c] = new_max;
+        state.sum[n][c] *= factor[n][c];
+        const float base = exponent_base(new_max);
+        for (int i = 0; i < kTokenSteps; ++i) {
+          for (int half = 0; half < 4; half += 2) {
+            float& score = scores[i][n][c + half];
+            score = fast_exp2(score - base);
+            state.sum[n][c] += score;
+          }
+        }
+      }
+      for (int i = 0; i < kTokenSteps; ++i) {
+        const float(&p)[4] = scores[i][n];
+        probabilities[i][n][0] = movmatrix_trans(pack<Element>(p[0], p[1]));
+        probabilities[i][n][1] = movmatrix_trans(pack<Element>(p[2], p[3]));
+      }
+    }
+    // Most tiles bring no new maximum in any row.
+    if (__any_sync(~0u, rescale)) {
+#pragma unroll
+      for (int j = 0; j < kDimSteps; ++j) {
+        for (int n = 0; n < kRowSteps; ++n) {
+          for (int e = 0; e < 4; ++e) state.o[j][n][e] *= factor[n][e % 2];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ KeyRange keys_of(int position) const {
+    return visible_keys(params_.problem.mask, segment_->sequence.length, position);
+  }
+
+  // Dot products of row step n become scores in log2 units; -inf where the row does not see the key.
+  template <bool kMasked>
+  __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
+    if (plain_scores_ && !kMasked) {
+      for (int i = 0; i < kTokenSteps; ++i) {
+        for (int e = 0; e < 4; ++e) scores[i][n][e] *= scale_log2_;
+      }
+      return;
+    }
+    for (int c = 0; c < 2; ++c) {
+      const int position = position_[n][c];
+      const KeyRange keys = keys_of(position);
+      float slope = 0.0f;
+      if (params_.alibi_slopes) {
+        const int head = query_row(params_, *segment_, place_.row(n, c)).head;
+        slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
+                                     head * params_.alibi_head_stride];
+      }
+      for (int i = 0; i < kTokenSteps; ++i) {
+        for (int e = c; e < 4; e += 2) {
+          const int key = token_of(token, i, e);
+          const float score =
+              plain_scores_ ? scores[i][n][e] * scale_log2_
+                            : score_log2(params_, scores[i][n][e], slope, abs(position - key));
+          scores[i][n][e] = keys.contains(key) ? score : kNegativeInfinity;
+        }
+      }
+    }
+  }
+
+  // V^T [16 of Dv, 16 tokens]: dim step j, token step i of this warp's slice.
+  __device__ __forceinline__ void load_values(const uint8_t* v_smem, int i, int j,
+                                              uint32_t (&a)[4]) const {
+    const int lane = threadIdx.x % 32;
+    const int row = place_.slice * Traits::kSliceTokens + i * 16 + lane % 8 + lane / 16 * 8;
+    const int chunk = place_.dim_group * (Traits::kWarpDim / 8) + j * 2 + lane / 8 % 2;
+    ldmatrix_x4_trans(a, v_smem + swizzled_offset<Traits::kTile>(row, chunk));
+  }
+
+  template <bool kMasked>
+  __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, int token,
+                                                  const Probabilities& probabilities,
+                                                  WarpState<Traits>& state) const {
+    if constexpr (kMasked) {
+      if (spoils_some_rows(v_smem, token)) {
+        multiply_values_by_token(v_smem, token, probabilities, state);
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokenSteps; ++i) {
+#pragma unroll
+      for (int j = 0; j < kDimSteps; ++j) {
+        uint32_t a[4];
+        load_values(v_smem, i, j, a);
+        // Rows that nobody sees may hold anything, NaN too, and 0 * NaN is NaN.
+        if constexpr (kMasked) keep_tokens(a, segment_->keys.any, token + i * 16);
+#pragma unroll
+        for (int n = 0; n < kRowSteps; ++n) {
+          mma_m16n8k16<Element>(state.o[j][n], a, probabilities[i][n]);
+        }
+      }
+    }
+  }
+
+  // Zeroes the tokens of a V^T fragment that starts at `token` which `keep` does not contain.
+  __device__ __forceinline__ void keep_tokens(uint32_t (&a)[4], KeyRange keep, int token) const {
+    const uint32_t low = pair_mask(keep, token + place_.t * 2);
+    const uint32_t high = pair_mask(keep, token + place_.t * 2 + 8);
+    a[0] &= low;
+    a[1] &= low;
+    a[2] &= high;
+    a[3] &= high;
+  }
+
+  // True if the slice holds a NaN or infinite value of a token that some rows see and others do not:
+  // in the mma it would also reach the rows whose probability for it is 0.
+  __device__ __forceinline__ bool spoils_some_rows(const uint8_t* v_smem, int token) const {
+    const KeyRange any = segment_->keys.any;
+    const KeyRange all = segment_->keys.all;
+    if (any.begin == all.begin && any.end == all.end) return false;
+    bool spoils = false;
+#pragma unroll 1
+    for (int i = 0; i < kTokenSteps; ++i) {
+#pragma unroll 1
+      for (int j = 0; j < kDimSteps; ++j) {
+        uint32_t a[4];
+        load_values(v_smem, i, j, a);
+        keep_tokens(a, any, token + i * 16);
+        const uint32_t low = ~pair_mask(all, token + i * 16 + place_.t * 2);
+        const uint32_t high = ~pair_mask(all, token + i * 16 + place_.t * 2 + 8);
+        spoils |= has_nonfinite<Element>(a[0] & low) || has_nonfinite<Element>(a[1] & low) ||
+                  has_nonfinite<Element>(a[2] & high) || has_nonfinite<Element>(a[3] & high);
+      }
+    }
+    return __any_sync(~0u, spoils);
+  }
+
+  // The slow and exact way: each token's product is added only to the rows that see it.
+  __device__ __forceinline__ void multiply_values_by_token(const uint8_t* v_smem, int token,
+                                                           const Probabilities& probabilities,
+                                                           WarpState<Traits>& state) const {
+#pragma unroll
+    for (int i = 0; i < kTokenSteps; ++i) {
+#pragma unroll 1
+      for (int key = token + i * 16; key < token + i * 16 + 16; ++key) {
+        if (!segment_->keys.any.contains(key)) continue;
+#pragma unroll
+        for (int j = 0; j < kDimSteps; ++j) {
+          uint32_t a[4];
+          load_values(v_smem, i, j, a);
+          keep_tokens(a, {key, key + 1}, token + i * 16);
+#pragma unroll
+          for (int n = 0; n < kRowSteps; ++n) {
+            float product[4] = {};
+            mma_m16n8k16<Element>(product, a, probabilities[i][n]);
+            for (int e = 0; e < 4; ++e) {
+              if (keys_of(position_[n][e % 2]).contains(key)) state.o[j][n][e] += product[e];
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const DecodeParams& params_;
+  const WarpPlace<Traits>& place_;
+  const uint8_t* q_smem_;  // [kHeadDim / 64][kRows][64], swizzled
+  const Segment* segment_;
+  bool plain_scores_;
+  float scale_log2_;
+  int position_[kRowSteps][2];  // of this lane's rows
+  uint32_t query_[Traits::kQueryInRegisters ? kRowSteps : 1]
+                 [Traits::kQueryInRegisters ? kDepthSteps : 2][2];
+};
+
+}  // namespace leanattn

@@ -1,0 +1,45 @@
+// Writing results: a merged state becomes four neighbouring elements of one row of out, and its lse.
+#pragma once
+
+#include "mma.h"
+#include "traits.h"
+
+namespace leanattn {
+
+// The state that a thread merges: one row of an item, four neighbouring elements of Dv.
+using QuadState = SoftmaxState<4>;
+
+// By the consumer threads: calls visit(row, dim) for every row in [row_begin, row_end) and every
+// fourth element of Dv, neighbouring threads at neighbouring dims.
+template <class Traits, class Visit>
+__device__ __forceinline__ void for_each_quad(int row_begin, int row_end, int head_dim_v,
+                                              Visit visit) {
+  constexpr int kQuads = Traits::kHeadDim / 4;  // a power of two
+  constexpr int kRowsAtOnce = Traits::kConsumerThreads / kQuads;
+  const int dim = threadIdx.x % kQuads * 4;
+  if (dim >= head_dim_v) return;
+  for (int row = row_begin + threadIdx.x / kQuads; row < row_end; row += kRowsAtOnce) {
+    visit(row, dim);
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
+                                           int item_row, int dim, QuadState state) {
+  using Element = typename Traits::Element;
+  const QueryRow row = query_row(params, segment, item_row);
+  const int q_row = segment.sequence.query_begin + row.query;
+  if (params.sinks) state.merge_sink(params.sinks[row.head * params.sinks_stride]);
+  if (dim == 0 && params.lse) {
+    params.lse[lse_offset(params, segment.seq, q_row, row.head)] =
+        lse_of(state.max, state.sum);
+  }
+  const float factor = inverse_of(state.sum);
+  uint2 packed;
+  packed.x = pack<Element>(state.o[0] * factor, state.o[1] * factor);
+  packed.y = pack<Element>(state.o[2] * factor, state.o[3] * factor);
+  Element* out = static_cast<Element*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
+  *reinterpret_cast<uint2*>(out + dim) = packed;
+}
+
+}  // namespace leanattn

@@ -1,0 +1,70 @@
+// The PTX that CUTLASS has no wrapper for on both sm_80 and sm_90: its mbarrier wrappers need
+// sm_90. One instruction a function, named after it; the rest comes from cute/arch.
+#pragma once
+
+#include <cstdint>
+
+#include <cute/arch/util.hpp>
+
+namespace leanattn::ptx {
+
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier-init
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier_smem, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(
+                   cute::cast_smem_ptr_to_uint(barrier_smem)),
+               "r"(arrivals)
+               : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier_smem) {
+  asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
+                   cute::cast_smem_ptr_to_uint(barrier_smem))
+               : "memory");
+}
+
+// Arrives once all cp.async of this thread so far have landed; does not raise the expected count.
+__device__ __forceinline__ void cp_async_mbarrier_arrive_noinc(uint64_t* barrier_smem) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
+                   cute::cast_smem_ptr_to_uint(barrier_smem))
+               : "memory");
+}
+
+// Waits until the phase of the given parity has completed.
+__device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier_smem, uint32_t parity) {
+  const uint32_t address = cute::cast_smem_ptr_to_uint(barrier_smem);
+  uint32_t done = 0;
+  while (!done) {
+#if __CUDA_ARCH__ >= 900
+    // Suspends the thread for a while instead of spinning.
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        " selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+#endif
+  }
+}
+
+// A barrier among `threads` threads (a multiple of 32) of the CTA; barrier 0 is __syncthreads.
+__device__ __forceinline__ void bar_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ int atom_add_acq_rel_gpu(int* address, int value) {
+  int old;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(address), "r"(value)
+               : "memory");
+  return old;
+}
+
+}  // namespace leanattn::ptx

@@ -1,0 +1,72 @@
+// The ring between the producer warp and the consumer warps. A stage is full when its copy has
+// landed and empty when every consumer warp has read it; each side walks the stages in order and
+// flips the phase it waits for whenever it passes the last one.
+#pragma once
+
+#include "ptx.h"
+#include "traits.h"
+
+namespace leanattn {
+
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance(int num_stages) {
+    if (++stage == num_stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <class Traits>
+class Ring {
+ public:
+  using SharedStorage = typename Traits::SharedStorage;
+
+  __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages)
+      : smem_(smem), num_stages_(num_stages) {}
+
+  // By one thread, before the CTA's first barrier. `producers`: arrivals that fill a stage.
+  __device__ __forceinline__ void init(int producers) {
+    for (int stage = 0; stage < num_stages_; ++stage) {
+      ptx::mbarrier_init(&smem_.full[stage], producers);
+      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
+    }
+  }
+
+  __device__ __forceinline__ uint8_t* stage_smem() const {
+    return reinterpret_cast<uint8_t*>(&smem_) + Traits::kRingOffset +
+           position_.stage * Traits::kStageBytes;
+  }
+  __device__ __forceinline__ uint64_t* full_barrier() const {
+    return &smem_.full[position_.stage];
+  }
+
+  // Producer: until every consumer warp has read the stage. A fresh barrier counts as just past the
+  // phase of parity 1, so that the first round does not wait.
+  __device__ __forceinline__ void wait_empty() const {
+    ptx::mbarrier_wait_parity(&smem_.empty[position_.stage], position_.phase ^ 1);
+  }
+
+  // Consumer: until the copy has landed; the wait acquires what the copy wrote.
+  __device__ __forceinline__ void wait_full() const {
+    ptx::mbarrier_wait_parity(full_barrier(), position_.phase);
+  }
+
+  // Consumer, whole warp: done reading. The lanes' reads come before lane 0's arrival.
+  __device__ __forceinline__ void release() const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem_.empty[position_.stage]);
+  }
+
+  __device__ __forceinline__ void advance() { position_.advance(num_stages_); }
+
+ private:
+  SharedStorage& smem_;
+  int num_stages_;
+  RingPosition position_;
+};
+
+}  // namespace leanattn

@@ -1,0 +1,94 @@
+// The compile-time side of the kernel: what one CTA looks like, and its shared memory.
+//
+// A CTA has eight consumer warps and one producer warp. The producer keeps a ring of stages filled,
+// each with one tile of K or of V, in turn. The consumers split a tile's TOKENS into slices, one a
+// warp, and each keeps a softmax state of its own for all query rows; only where a warp's registers
+// cannot hold all rows or all of Dv (64 accumulators a lane) do warps share a slice.
+//
+// Both products are computed transposed, keys and values as the 16-row operand of the mma and the
+// query rows as its 8 columns:  S^T = K Q^T  and  O^T = V^T P^T.  Decode has few rows: 8 columns
+// waste less than 16 rows would.
+#pragma once
+
+#include <cstdint>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../../host_device.h"
+#include "../../params.h"
+
+namespace leanattn {
+
+template <class Element_, int kHeadDim_, int kRows_>
+struct DecodeTraits {
+  using Element = Element_;                               // of q, K, V, P and out
+  static constexpr int kHeadDim = kHeadDim_;              // D and Dv, padded: 64, 128 or 256
+  static constexpr int kRows = kRows_;                    // packed query rows, padded: 8..64
+  static constexpr int kTile = 1 << tile_tokens_log2_for(kHeadDim);  // tokens
+
+  static constexpr int kConsumerWarps = 8;
+  static constexpr int kConsumerThreads = kConsumerWarps * 32;
+  static constexpr int kThreads = kConsumerThreads + 32;
+
+  // A warp's part of the [tokens, rows, Dv] space.
+  static constexpr int kWarpDim = min_of(kHeadDim, 128);
+  static constexpr int kWarpRows = min_of(kRows, 2048 / kWarpDim);
+  static constexpr int kRowGroups = kRows / kWarpRows;
+  static constexpr int kDimGroups = kHeadDim / kWarpDim;
+  static constexpr int kSlices = kConsumerWarps / (kRowGroups * kDimGroups);
+  static constexpr int kSliceTokens = kTile / kSlices;
+
+  // In mma.m16n8k16 steps.
+  static constexpr int kTokenSteps = kSliceTokens / 16;
+  static constexpr int kRowSteps = kWarpRows / 8;
+  static constexpr int kDimSteps = kWarpDim / 16;
+  static constexpr int kDepthSteps = kHeadDim / 16;
+  static_assert(kTokenSteps >= 1, "a warp's slice holds at least one 16-token step");
+
+  // q stays in registers where it leaves room for the accumulators, else it is read again from
+  // shared memory for every tile.
+  static constexpr bool kQueryInRegisters =
+      2 * kRowSteps * kDepthSteps + 4 * kRowSteps * kDimSteps <= 96;
+
+  // Shared memory holds operands as [kHeadDim / 64][tokens or rows][64] elements, each row of 128
+  // bytes with its 16-byte chunks permuted (the 128-byte swizzle of the tensor maps).
+  static constexpr int kStageBytes = kTile * kHeadDim * 2;
+  static constexpr int kColumnBlocks = kHeadDim / 64;
+
+  // The warps' states meet here, 8 rows of every row group at a time. A row is 4 floats longer than
+  // it need be: then the accumulators of a warp go to 32 different banks.
+  static constexpr int kMergeRows = kRowGroups * 8;
+  static constexpr int kMergePitch = kHeadDim + 4;
+
+  static constexpr int kMaxStages = 16;
+
+  struct SharedStorage {
+    alignas(1024) uint8_t q[kRows * kHeadDim * 2];
+    alignas(16) float merge_o[kSlices][kMergeRows][kMergePitch];
+    float merge_max[kSlices][kMergeRows];
+    float merge_sum[kSlices][kMergeRows];
+    alignas(8) uint64_t full[kMaxStages];
+    uint64_t empty[kMaxStages];
+    int scan_tiles[kThreads / 32];
+    int scan_queries[kThreads / 32];
+    int stripe_query_begin[kThreads];
+    Position start;
+    int ticket;
+    // Kept here, not in registers: the main loop needs those. Two segments, so that the next one can
+    // be written while some warps still merge the last.
+    SegmentWalker consumer_walker;
+    Segment segments[2];
+    bool has_segment[2];
+    // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
+  };
+  static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
+};
+
+// Byte offset of 16-byte chunk `chunk` of row `row` in an operand of `rows` rows.
+template <int rows>
+__device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) {
+  return (chunk / 8) * (rows * 128) + row * 128 + (((chunk % 8) ^ (row % 8)) * 16);
+}
+
+}  // namespace leanattn

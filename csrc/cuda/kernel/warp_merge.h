@@ -1,0 +1,64 @@
+// Merges the states of a CTA's consumer warps, through shared memory: every warp has seen other
+// tokens of the same item. Result: each thread holds whole states of some rows and dims.
+#pragma once
+
+#include "mainloop.h"
+#include "output.h"
+
+namespace leanattn {
+
+// Barrier 0 is __syncthreads; this one is for the consumer warps alone.
+template <class Traits>
+__device__ __forceinline__ void sync_consumers() {
+  ptx::bar_sync(1, Traits::kConsumerThreads);
+}
+
+// Calls visit(row, dim, state) for every row of the item and every fourth element of Dv. Eight rows
+// of each row group at a time. On entry all consumers must have passed a barrier since the last
+// call's visits.
+template <class Traits, class Visit>
+__device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem,
+                                            const WarpPlace<Traits>& place,
+                                            const WarpState<Traits>& state, int num_rows,
+                                            int head_dim_v, Visit visit) {
+#pragma unroll
+  for (int n = 0; n < Traits::kRowSteps; ++n) {
+    if (n > 0) sync_consumers<Traits>();  // the visits of the rows before have read merge_*
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int row = place.row_group * 8 + place.t * 2 + c;
+      if (place.g == 0 && place.dim_group == 0) {
+        smem.merge_max[place.slice][row] = state.max[n][c];
+        smem.merge_sum[place.slice][row] = state.sum[n][c];
+      }
+#pragma unroll
+      for (int j = 0; j < Traits::kDimSteps; ++j) {
+        float* o = &smem.merge_o[place.slice][row]
+                                [place.dim_group * Traits::kWarpDim + j * 16 + place.g];
+        o[0] = state.o[j][n][c];
+        o[8] = state.o[j][n][c + 2];
+      }
+    }
+    sync_consumers<Traits>();  // every warp's rows are in merge_*
+    for_each_quad<Traits>(0, Traits::kMergeRows, head_dim_v, [&](int merge_row, int dim) {
+      const int row = merge_row / 8 * Traits::kWarpRows + n * 8 + merge_row % 8;
+      if (row >= num_rows) return;
+      QuadState slices[Traits::kSlices];
+#pragma unroll
+      for (int slice = 0; slice < Traits::kSlices; ++slice) {
+        slices[slice].max = smem.merge_max[slice][merge_row];
+        slices[slice].sum = smem.merge_sum[slice][merge_row];
+        const float4 o = *reinterpret_cast<const float4*>(&smem.merge_o[slice][merge_row][dim]);
+        slices[slice].o[0] = o.x;
+        slices[slice].o[1] = o.y;
+        slices[slice].o[2] = o.z;
+        slices[slice].o[3] = o.w;
+      }
+      QuadState merged;
+      merged.merge(slices);
+      visit(row, dim, merged);
+    });
+  }
+}
+
+}  // namespace leanattn

@@ -1,0 +1,43 @@
+// The door to the kernels: no torch on this side of it.
+#pragma once
+
+#include <vector>
+
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+namespace leanattn {
+
+// What a launch depends on, of a device; asked for once a device.
+struct DeviceLimits {
+  int num_sms;
+  int shared_memory_bytes;  // a CTA may have
+  int capability;           // 90 for 9.0
+};
+
+const DeviceLimits& device_limits(int device);
+
+// Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible.
+int rows_per_item_for(int64_t rows);
+
+// Launches on `stream` of the current device `device`. `zero_counters`: clear params.counters first.
+// LEANATTN_LOADER=cp_async keeps the bulk tensor copies from being used. Throws std::runtime_error.
+void launch_decode(const DecodeParams& params, int num_counters, bool zero_counters, int device,
+                   cudaStream_t stream);
+
+// Loads and sets up every kernel, which a capture must not do, and which the first call of each
+// would otherwise pay for.
+void warm_up(int device);
+
+bool is_capturing(cudaStream_t stream);
+
+// n values from device memory, `stride` apart; waits for the stream.
+std::vector<int32_t> copy_to_host(const int32_t* values, int64_t stride, int n,
+                                  cudaStream_t stream);
+
+// Reads a [bytes_a] and b [bytes_b] once, as fast as a kernel can: the floor under any decode.
+void launch_read_floor(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b, int* sink,
+                       int device, cudaStream_t stream);
+
+}  // namespace leanattn

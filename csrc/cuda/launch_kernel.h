@@ -1,0 +1,59 @@
+// Launches one instantiation of the kernel. Included by instantiate/*.cu alone; everything that does
+// not depend on the instantiation is in launch.cu.
+#pragma once
+
+#include <array>
+#include <atomic>
+
+#include "host_util.h"
+#include "kernel/decode_kernel.h"
+#include "launch.h"
+
+namespace leanattn {
+
+template <class Traits>
+const KernelSetup& setup_kernel(int device) {
+  static std::array<KernelSetup, kMaxDevices> setups;
+  KernelSetup& setup = setups.at(device);
+  if (setup.done.load(std::memory_order_acquire)) return setup;
+  // Two threads may come here together: both find the same values.
+  const auto kernel = decode_kernel<Traits>;
+  const int available = device_limits(device).shared_memory_bytes - Traits::kRingOffset;
+  const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
+  if (num_stages < 2) {
+    throw_error("leanattn: this device has too little shared memory for head dim " +
+                std::to_string(Traits::kHeadDim) + " with " + std::to_string(Traits::kRows) +
+                " query rows");
+  }
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  setup.has_tma = attributes.ptxVersion >= 90 && device_limits(device).capability >= 90;
+  setup.num_stages = num_stages;
+  setup.shared_memory_bytes = Traits::kRingOffset + num_stages * Traits::kStageBytes;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  setup.shared_memory_bytes),
+             "cudaFuncSetAttribute");
+  setup.done.store(true, std::memory_order_release);
+  return setup;
+}
+
+// grid: CTAs, one a unit.
+template <class Traits>
+void launch_kernel(const DecodeParams& params, int grid, int device, cudaStream_t stream) {
+  const KernelSetup& setup = setup_kernel<Traits>(device);
+  const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = setup.shared_memory_bytes;
+  config.stream = stream;
+  check_cuda(cudaLaunchKernelEx(&config, decode_kernel<Traits>, params, maps, setup.num_stages),
+             "cudaLaunchKernelEx");
+}
+
+#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                             \
+  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows>>(int);           \
+  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int, int, \
+                                                                      cudaStream_t);
+
+}  // namespace leanattn

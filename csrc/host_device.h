@@ -1,0 +1,32 @@
+// LEANATTN_HD marks functions that the kernels, the CPU implementation and the tests share.
+#pragma once
+
+#if defined(__CUDACC__)
+#define LEANATTN_HD __host__ __device__ __forceinline__
+#else
+#define LEANATTN_HD inline
+#endif
+
+namespace leanattn {
+
+template <class T>
+LEANATTN_HD constexpr T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+
+template <class T>
+LEANATTN_HD constexpr T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+
+template <class T>
+LEANATTN_HD constexpr T clamp_to(T x, T low, T high) {
+  return min_of(max_of(x, low), high);
+}
+
+template <class T>
+LEANATTN_HD constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace leanattn

@@ -1,0 +1,100 @@
+// Everything one decode call needs, as a POD: the contract between the binding, the CPU
+// implementation and the kernels. No torch, no CUDA. Strides are in elements; D and Dv are the head
+// dims of K and V; a tensor that is absent is null.
+#pragma once
+
+#include <cstdint>
+
+#include "schedule.h"
+#include "softmax_state.h"
+
+namespace leanattn {
+
+enum class ElementType { kFloat32, kFloat16, kBFloat16 };
+
+struct DecodeParams {
+  ElementType element_type;  // of q, k, v and out
+  int head_dim;              // D
+  int head_dim_v;            // Dv
+  int num_heads_q;
+  Problem problem;  // lengths, mask, shape of the schedule
+
+  // With cu_seqlens_q, B is 1 and Sq is total_q here: the batch stride of q, out and lse is 0.
+  const void* q;  // [B, Sq, Hq, D]
+  int64_t q_batch_stride, q_seq_stride, q_head_stride, q_dim_stride;
+  const void* k;  // [B, S, Hkv, D]
+  int64_t k_batch_stride, k_seq_stride, k_head_stride, k_dim_stride;
+  const void* v;  // [B, S, Hkv, Dv]
+  int64_t v_batch_stride, v_seq_stride, v_head_stride, v_dim_stride;
+  void* out;  // [B, Sq, Hq, Dv]
+  int64_t out_batch_stride, out_seq_stride, out_head_stride, out_dim_stride;
+  float* lse;  // [B, Sq, Hq], or null: not wanted
+  int64_t lse_batch_stride, lse_seq_stride, lse_head_stride;
+
+  float softmax_scale;
+  float softcap;              // 0: off
+  const float* alibi_slopes;  // [B, Hq]
+  int64_t alibi_batch_stride, alibi_head_stride;
+  const float* sinks;  // [Hq]
+  int64_t sinks_stride;
+
+  // The fixup's memory. Slot 0 or 1 of a unit holds at most one partial: see schedule.h.
+  int max_units;
+  float* partial_o;       // [max_units, 2, rows_per_item, Dv]
+  float* partial_stats;   // [max_units, 2, rows_per_item, 2]: max, sum
+  int32_t* counters;      // tickets, zero before and after; see counter_index
+  bool counter_per_item;  // one counter an item instead of one a unit
+};
+
+// Where a query row lives in q, out and lse, in elements.
+LEANATTN_HD int64_t q_offset(const DecodeParams& p, int seq, const Sequence& s, int query, int head) {
+  return seq * p.q_batch_stride + (s.query_begin + query) * p.q_seq_stride + head * p.q_head_stride;
+}
+
+LEANATTN_HD int64_t out_offset(const DecodeParams& p, int seq, int query_row, int head) {
+  return seq * p.out_batch_stride + query_row * p.out_seq_stride + head * p.out_head_stride;
+}
+
+LEANATTN_HD int64_t lse_offset(const DecodeParams& p, int seq, int query_row, int head) {
+  return seq * p.lse_batch_stride + query_row * p.lse_seq_stride + head * p.lse_head_stride;
+}
+
+// Index of a partial: times rows_per_item * Dv into partial_o, times rows_per_item * 2 into stats.
+LEANATTN_HD int64_t partial_index(const Shares& shares, const Segment& segment, int unit) {
+  return int64_t{unit} * 2 + partial_slot(shares, segment, unit);
+}
+
+// The counter of an item that several units share. An item is known by the unit that it begins in:
+// of the items that begin in one unit's share only the last can go on in the next. Where there are
+// fewer items than units, by its own number, so that a few counters are enough.
+LEANATTN_HD int counter_index(const DecodeParams& p, const Segment& segment, int first_unit) {
+  if (!p.counter_per_item) return first_unit;
+  const int row_blocks = num_row_blocks(p.problem, segment.sequence);
+  return (segment.seq * p.problem.num_heads_kv + segment.head) * row_blocks + segment.row_block;
+}
+
+// One row of an item, resolved.
+struct QueryRow {
+  int query;     // within its sequence
+  int head;      // query head
+  int position;  // where the query stands among the keys
+};
+
+LEANATTN_HD QueryRow query_row(const DecodeParams& p, const Segment& segment, int row) {
+  const int packed = segment.row_block * p.problem.rows_per_item + row;
+  const int query = packed / p.problem.group_size;
+  return {query, segment.head * p.problem.group_size + packed % p.problem.group_size,
+          position_of(segment.sequence, query)};
+}
+
+// A raw dot product q.k becomes a score in units of log2: scale, softcap, ALiBi, in this order.
+// slope is 0 without ALiBi. Real is float on the GPU; the CPU can afford double.
+template <class Real>
+LEANATTN_HD Real score_log2(const DecodeParams& p, Real dot, float slope, int distance) {
+  Real score = dot * p.softmax_scale;
+  if (p.softcap != 0.0f) score = p.softcap * tanh(score / p.softcap);
+  score -= slope * static_cast<Real>(distance);
+  return score * static_cast<Real>(1.4426950408889634);
+}
+
+}  // namespace leanattn

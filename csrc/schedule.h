@@ -1,0 +1,292 @@
+// The stream-K schedule: pure integer functions, shared by the kernels, the CPU implementation and
+// the tests. No CUDA, no tensors; the only memory read is the two length arrays of the Problem.
+//
+// A work item is (sequence, KV head, block of packed query rows). Its keys are cut into tiles of
+// 2^tile_tokens_log2 tokens, at multiples of that from the start of the sequence, and only those tiles
+// count that some row of the item sees. The tiles of all items, item after item, form one line; each
+// unit takes an equal stretch of it, its share. What a unit does of one item is a segment.
+//
+//    item     |---- 0 ----|- 1 -|------- 2 -------|--- 3 ---|        one line of tiles
+//    unit     |   0   |   1   |   2   |   3   |   4   |   5 |        equal shares
+//    segment  |   0   | 0 | 1 |.|   2 |   2   |.2|3   |  3  |
+//
+// So a unit has at most two segments that do not hold their whole item: its first and its last.
+// Those leave a partial (an unfinished softmax state) and the fixup merges an item's partials in the
+// order of its units. A unit is one CTA, one CPU thread's turn, or a cluster of CTAs: nothing here
+// depends on which. (Stream-K: arXiv 2301.03598, section 4; LeanAttention: arXiv 2405.10480, IV-C.)
+//
+// Items that see no key have no tile; nobody's share holds them and their rows are filled apart.
+//
+// Everything that comes from device memory is clamped here, once: lengths to [0, capacity],
+// cu_seqlens_q entries to [previous entry, total_q].
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+#include "mask.h"
+
+namespace leanattn {
+
+// Tokens a tile; by head dim alone (the larger of K's and V's), so that the cut points of a sequence
+// depend on nothing else.
+LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) { return head_dim <= 128 ? 7 : 6; }
+
+constexpr int64_t kMaxTiles = INT32_MAX;
+
+// What the schedule depends on.
+struct Problem {
+  const int32_t* cache_seqlens;  // [batch], or null: every sequence has `capacity` tokens
+  int64_t cache_seqlens_stride;
+  const int32_t* cu_seqlens_q;  // [batch + 1], or null: every sequence has `seqlen_q` queries
+  int64_t cu_seqlens_q_stride;
+  int batch;
+  int num_heads_kv;
+  int group_size;  // query heads a KV head
+  int seqlen_q;    // queries a sequence, without cu_seqlens_q
+  int total_q;     // query rows in all, with cu_seqlens_q
+  int capacity;    // tokens that a sequence can hold
+  int tile_tokens_log2;
+  int rows_per_item;  // packed query rows (queries x group_size) that an item holds at most
+  Mask mask;
+};
+
+struct Sequence {
+  int length;
+  int query_begin;  // first row in the packed queries; 0 without cu_seqlens_q
+  int num_queries;
+};
+
+// Tiles [begin, end) of a sequence.
+struct TileRange {
+  int begin;
+  int end;
+
+  LEANATTN_HD int size() const { return end - begin; }
+};
+
+// --- One sequence ------------------------------------------------------------------------------
+
+LEANATTN_HD int first_query_row(const Problem& p) {
+  return p.cu_seqlens_q ? clamp_to(p.cu_seqlens_q[0], 0, p.total_q) : 0;
+}
+
+// The sequence `seq`, whose queries begin where those of the one before it end.
+LEANATTN_HD Sequence load_sequence(const Problem& p, int seq, int query_begin) {
+  Sequence s;
+  s.length = p.cache_seqlens
+                 ? clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, p.capacity)
+                 : p.capacity;
+  s.query_begin = query_begin;
+  s.num_queries = p.seqlen_q;
+  if (p.cu_seqlens_q) {
+    const int query_end = p.cu_seqlens_q[(seq + 1) * p.cu_seqlens_q_stride];
+    s.num_queries = clamp_to(query_end, query_begin, p.total_q) - query_begin;
+  }
+  return s;
+}
+
+LEANATTN_HD int next_query_begin(const Problem& p, const Sequence& s) {
+  return p.cu_seqlens_q ? s.query_begin + s.num_queries : 0;
+}
+
+LEANATTN_HD int position_of(const Sequence& s, int query) {
+  return s.length - s.num_queries + query;
+}
+
+LEANATTN_HD int num_rows(const Problem& p, const Sequence& s) {
+  return s.num_queries * p.group_size;
+}
+
+LEANATTN_HD int num_row_blocks(const Problem& p, const Sequence& s) {
+  return ceil_div(num_rows(p, s), p.rows_per_item);
+}
+
+// --- One item ----------------------------------------------------------------------------------
+
+// Rows of the item; row r holds query r / group_size and head r % group_size of the group.
+LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
+  return min_of(p.rows_per_item, num_rows(p, s) - row_block * p.rows_per_item);
+}
+
+LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {
+  return visible_keys(p.mask, s.length, position_of(s, row / p.group_size));
+}
+
+// The keys that at least one row of the item sees, and those that every row sees. Both ends of a
+// row's range only move up from row to row (a row that sees nothing has both at 0), so the first and
+// the last row tell.
+struct ItemKeys {
+  KeyRange any;
+  KeyRange all;
+};
+
+LEANATTN_HD ItemKeys item_keys(const Problem& p, const Sequence& s, int row_block) {
+  const int first_row = row_block * p.rows_per_item;
+  const KeyRange first = row_keys(p, s, first_row);
+  const KeyRange last = row_keys(p, s, first_row + item_rows(p, s, row_block) - 1);
+  ItemKeys keys;
+  keys.any = {first.begin, last.end};
+  keys.all = {last.begin, max_of(last.begin, first.end)};
+  return keys;
+}
+
+LEANATTN_HD TileRange item_tiles(const Problem& p, const KeyRange& any) {
+  if (any.empty()) return {0, 0};
+  return {any.begin >> p.tile_tokens_log2, ((any.end - 1) >> p.tile_tokens_log2) + 1};
+}
+
+// Row blocks of a sequence that see no key, and so have no tile: always the first ones, since later
+// rows see later keys.
+LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
+  const int row_blocks = num_row_blocks(p, s);
+  int empty = 0;
+  while (empty < row_blocks && item_keys(p, s, empty).any.empty()) ++empty;
+  return empty;
+}
+
+LEANATTN_HD bool has_empty_items(const Problem& p, const Sequence& s) {
+  return s.num_queries > 0 && item_keys(p, s, 0).any.empty();
+}
+
+LEANATTN_HD int tiles_per_head(const Problem& p, const Sequence& s) {
+  int tiles = 0;
+  const int row_blocks = num_row_blocks(p, s);
+  for (int block = 0; block < row_blocks; ++block) {
+    tiles += item_tiles(p, item_keys(p, s, block).any).size();
+  }
+  return tiles;
+}
+
+// The most tiles that the line can have, whatever the lengths are. Callers see to it that this is at
+// most kMaxTiles; all else counts tiles in int.
+LEANATTN_HD int64_t max_tiles(const Problem& p) {
+  const int64_t tiles_per_item = ceil_div<int64_t>(p.capacity, 1 << p.tile_tokens_log2);
+  int64_t row_blocks = p.batch * ceil_div<int64_t>(int64_t{p.seqlen_q} * p.group_size,
+                                                   p.rows_per_item);
+  if (p.cu_seqlens_q) {
+    row_blocks = p.batch + ceil_div<int64_t>(int64_t{p.total_q} * p.group_size, p.rows_per_item);
+  }
+  return row_blocks * p.num_heads_kv * tiles_per_item;
+}
+
+// --- The line and its shares -------------------------------------------------------------------
+
+struct Shares {
+  int num_tiles;    // on the whole line
+  int num_units;    // that get a share; the others idle
+  int small_share;  // tiles; the first `num_larger` units get one more
+  int num_larger;
+
+  LEANATTN_HD int begin(int unit) const { return unit * small_share + min_of(unit, num_larger); }
+  LEANATTN_HD int end(int unit) const { return begin(unit + 1); }
+  // The inverse of begin: the unit whose share holds `tile`.
+  LEANATTN_HD int unit_of(int tile) const {
+    const int in_larger = num_larger * (small_share + 1);
+    return tile < in_larger ? tile / (small_share + 1)
+                            : num_larger + (tile - in_larger) / small_share;
+  }
+};
+
+LEANATTN_HD Shares make_shares(int num_tiles, int max_units) {
+  const int num_units = min_of(max_units, num_tiles);
+  if (num_units == 0) return {};
+  return {num_tiles, num_units, num_tiles / num_units, num_tiles % num_units};
+}
+
+// Where a sequence begins: on the line, and in the packed queries.
+struct Position {
+  int seq;
+  int query_begin;
+  int line;
+};
+
+// Tiles [tile_begin, tile_end) of one item, done by one unit.
+struct Segment {
+  int seq;
+  int head;  // KV head
+  int row_block;
+  Sequence sequence;
+  ItemKeys keys;
+  TileRange item;  // all tiles of the item
+  int tile_begin;
+  int tile_end;
+  int item_line;  // where the item begins on the line
+
+  LEANATTN_HD bool is_whole() const { return tile_begin == item.begin && tile_end == item.end; }
+};
+
+// The units that share an item, [first, last] both inclusive.
+struct Participants {
+  int first;
+  int last;
+
+  LEANATTN_HD int count() const { return last - first + 1; }
+};
+
+LEANATTN_HD Participants participants(const Shares& shares, const Segment& segment) {
+  return {shares.unit_of(segment.item_line),
+          shares.unit_of(segment.item_line + segment.item.size() - 1)};
+}
+
+// A unit has two slots for partials: 0 for the item that its share begins in, 1 for any other.
+LEANATTN_HD int partial_slot(const Shares& shares, const Segment& segment, int unit) {
+  return shares.begin(unit) >= segment.item_line ? 0 : 1;
+}
+
+// Walks the segments of one unit, in line order. `start` is the position of the sequence that holds
+// the first tile of the unit's share.
+class SegmentWalker {
+ public:
+  SegmentWalker() = default;
+  LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
+                            const Position& start)
+      : problem_(&problem), position_(start) {
+    const bool idle = unit >= shares.num_units;
+    next_ = idle ? 0 : shares.begin(unit);
+    end_ = idle ? 0 : shares.end(unit);
+    if (next_ < end_) enter_sequence();
+  }
+
+  // Fills in the next segment; false when the share is done.
+  LEANATTN_HD bool next(Segment& segment) {
+    if (next_ >= end_) return false;
+    while (next_ >= position_.line + problem_->num_heads_kv * tiles_per_head_) {
+      position_.line += problem_->num_heads_kv * tiles_per_head_;
+      position_.query_begin = next_query_begin(*problem_, sequence_);
+      ++position_.seq;
+      enter_sequence();
+    }
+    int offset = next_ - position_.line;
+    segment.seq = position_.seq;
+    segment.sequence = sequence_;
+    segment.head = offset / tiles_per_head_;
+    offset -= segment.head * tiles_per_head_;
+    for (segment.row_block = 0;; ++segment.row_block) {
+      segment.keys = item_keys(*problem_, sequence_, segment.row_block);
+      segment.item = item_tiles(*problem_, segment.keys.any);
+      if (offset < segment.item.size()) break;
+      offset -= segment.item.size();
+    }
+    segment.item_line = next_ - offset;
+    segment.tile_begin = segment.item.begin + offset;
+    segment.tile_end = min_of(segment.item.end, segment.tile_begin + (end_ - next_));
+    next_ += segment.tile_end - segment.tile_begin;
+    return true;
+  }
+
+ private:
+  LEANATTN_HD void enter_sequence() {
+    sequence_ = load_sequence(*problem_, position_.seq, position_.query_begin);
+    tiles_per_head_ = tiles_per_head(*problem_, sequence_);
+  }
+
+  const Problem* problem_;
+  Position position_;
+  Sequence sequence_;
+  int tiles_per_head_;
+  int next_;  // on the line
+  int end_;
+};
+
+}  // namespace leanattn

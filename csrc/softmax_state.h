@@ -1,0 +1,84 @@
+// The softmax state: an unnormalised attention output together with what is needed to merge it
+// with another one. States form a commutative monoid under merge (LeanAttention, arXiv 2405.10480,
+// section IV-A: "softmax re-scaling" as a reduction operator), which is what lets any stretch of
+// keys be computed by anyone. This file is the only place that knows the algebra; main loop, warps,
+// fixup and the CPU implementation all use it.
+//
+//   max   running maximum of the scores, in units of log2 (scores are multiplied by log2(e))
+//   sum   sum of exp2(score - max)
+//   o     sum of exp2(score - max) * value
+//
+// Identity: max = -inf, sum = 0, o = 0. A NaN score leaves max alone and turns sum and o into NaN.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "host_device.h"
+
+namespace leanattn {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+
+LEANATTN_HD float fast_exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
+
+// What scores are measured against. Where nothing was seen the maximum is -inf and cannot be
+// subtracted from itself, so 0 stands in: exp2(-inf - 0) is the 0 that is wanted.
+LEANATTN_HD float exponent_base(float max) { return max == kNegativeInfinity ? 0.0f : max; }
+
+// The factor that carries sum and o from `max` to `new_max` >= max.
+LEANATTN_HD float rescale_factor(float max, float new_max) {
+  return fast_exp2(max - exponent_base(new_max));
+}
+
+// Natural log of the sum of exponentials; -inf where nothing was seen.
+LEANATTN_HD float lse_of(float max, float sum) {
+  return sum == 0.0f ? kNegativeInfinity : kLn2 * (max + log2f(sum));
+}
+
+// What turns o into the output; 0 where nothing was seen.
+LEANATTN_HD float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+template <int kWidth>
+struct SoftmaxState {
+  float max = kNegativeInfinity;
+  float sum = 0.0f;
+  float o[kWidth] = {};  // some of a row's elements
+
+  // Merges n states into this one, in the order given. One maximum over all of them first, then
+  // one multiply-add each: the same result as merging pairwise, in fewer dependent steps.
+  template <int n>
+  LEANATTN_HD void merge(const SoftmaxState (&others)[n]) {
+    float new_max = max;
+    for (int i = 0; i < n; ++i) new_max = fmaxf(new_max, others[i].max);
+    const float own = rescale_factor(max, new_max);
+    sum *= own;
+    for (int d = 0; d < kWidth; ++d) o[d] *= own;
+    for (int i = 0; i < n; ++i) {
+      const float factor = rescale_factor(others[i].max, new_max);
+      sum += factor * others[i].sum;
+      for (int d = 0; d < kWidth; ++d) o[d] += factor * others[i].o[d];
+    }
+    max = new_max;
+  }
+
+  // A sink is one more logit in the denominator: a state with sum 1 and no value.
+  LEANATTN_HD void merge_sink(float sink) {
+    SoftmaxState others[1];
+    others[0].max = sink * kLog2E;
+    others[0].sum = 1.0f;
+    merge(others);
+  }
+};
+
+}  // namespace leanattn

@@ -1,0 +1,10 @@
+"""Exact decode attention at the speed of reading the KV cache.
+
+The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
+"""
+
+from leanattn.ops import counters, decode, is_supported, warmup
+from leanattn.schedule import schedule
+from leanattn.ops import __version__
+
+__all__ = ["__version__", "counters", "decode", "is_supported", "schedule", "warmup"]

@@ -1,0 +1,215 @@
+"""The ops of torch.ops.leanattn: wrappers, fakes for tracing, and the missing backward.
+
+Schemas and implementations are in C++ (csrc/ops.cpp); importing leanattn._C registers them.
+"""
+
+import torch
+
+import leanattn._C  # noqa: F401  registers torch.ops.leanattn
+
+_ops = torch.ops.leanattn
+
+__version__ = _ops.build_info().split(";")[0]
+
+
+def decode(
+    q,
+    k_cache,
+    v_cache,
+    cache_seqlens=None,
+    block_table=None,
+    *,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
+    softmax_scale=None,
+    causal=True,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    batch_invariant=False,
+    counters=None,
+    return_lse=False,
+    out=None,
+):
+    """Exact attention of a few new queries on a KV cache: LeanAttention (arXiv 2405.10480).
+
+    One kernel launch, no plan and no host synchronisation: lengths stay on the device. Inference
+    only. With L a sequence's length, its query i of n stands at p = L - n + i and sees key j where
+    0 <= j < L, j <= p if causal, j >= p - window_left and j <= p + window_right where those are not
+    -1. docs/semantics.md states the rest.
+
+    Args:
+        q: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one query a sequence; `[total_q, Hq, D]` with
+            cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 256.
+        k_cache: `[B, S, Hkv, D]`, q's dtype. Hq is a multiple of Hkv. Any strides (on CUDA: the
+            last dimension contiguous, pointers and strides multiples of 16 bytes).
+        v_cache: `[B, S, Hkv, Dv]`, likewise; Dv may differ from D.
+        cache_seqlens: `[B]` int32, valid tokens of each sequence, the queries' own included;
+            None: all S. Clamped to [0, S] on the device.
+        block_table: not supported yet.
+        cu_seqlens_q: `[B + 1]` int32, where each sequence's queries begin in a ragged q.
+        max_seqlen_q: with cu_seqlens_q only, a hint that results never depend on.
+        softmax_scale: default D ** -0.5.
+        causal: a query does not see what comes after it.
+        window_left, window_right: keys seen before and after the query's own position, -1 for all.
+        softcap: 0 for none, else scores become softcap * tanh(score / softcap).
+        alibi_slopes: fp32 `[Hq]` or `[B, Hq]`; scores become score - slope * abs(p - j).
+        sinks: fp32 `[Hq]`, one more logit a head in the denominator.
+        k_scale, v_scale, batch_invariant: not supported yet.
+        counters: from `leanattn.counters`, one tensor a stream; saves a memset.
+        return_lse: also return the log-sum-exp.
+        out: where to write the result, instead of a new tensor.
+
+    Returns:
+        out, like q with head dim Dv; or (out, lse), lse fp32 of shape out.shape[:-1], natural log.
+        A row that sees no key is 0, its lse -inf (its sink, with sinks).
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+    """
+    arguments = (q, k_cache, v_cache, cache_seqlens, block_table)
+    options = dict(
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        batch_invariant=batch_invariant,
+        counters=counters,
+    )
+    if out is None:
+        op = _ops.decode_with_lse if return_lse else _ops.decode
+        return op(*arguments, **options)
+    if not return_lse:
+        _ops.decode_out(*arguments, **options, out=out)
+        return out
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
+    _ops.decode_with_lse_out(*arguments, **options, out=out, lse=lse)
+    return out, lse
+
+
+def counters(device, n=None):
+    """Int32 zeros for the `counters` argument of `decode`; every call leaves them zero.
+
+    One tensor serves one stream at a time.
+
+    Args:
+        device: where the calls will run.
+        n: how many; a call needs as many as it has units, or items if those are fewer. Default:
+            enough for any call on this device.
+    """
+    device = torch.device(device)
+    if n is None:
+        n = _ops.max_units(_index(device)) if device.type == "cuda" else 1024
+    return torch.zeros(n, dtype=torch.int32, device=device)
+
+
+def is_supported(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
+    """Whether `decode` takes these arguments: (True, "") or (False, the reason)."""
+    try:
+        _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
+    except (RuntimeError, ValueError) as error:
+        return False, str(error)
+    return True, ""
+
+
+def warmup(device="cuda"):
+    """Loads every kernel on a CUDA device, so that no first call has to, nor a graph capture."""
+    _ops.warmup(_index(torch.device(device)))
+
+
+def _index(device):
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _check_devices(op, q, tensors):
+    # The C++ checks do not run on fake and meta tensors.
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+            raise RuntimeError(
+                f"leanattn::{op}: {name} must be on q's device, {q.device}, got {tensor.device}"
+            )
+
+
+def _argument_names():
+    return [a.name for a in _ops.decode.default._schema.arguments]
+
+
+_NAMES = _argument_names()
+
+
+def _fake_out(op, args, kwargs):
+    q, _, v_cache = args[:3]
+    _check_devices(op, q, dict(zip(_NAMES, args)) | kwargs)
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+
+
+def _fake_lse(q):
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("leanattn::decode")
+def _(*args, **kwargs):
+    return _fake_out("decode", args, kwargs)
+
+
+@torch.library.register_fake("leanattn::decode_with_lse")
+def _(*args, **kwargs):
+    return _fake_out("decode_with_lse", args, kwargs), _fake_lse(args[0])
+
+
+@torch.library.register_fake("leanattn::decode_out")
+def _(*args, **kwargs):
+    _fake_out("decode_out", args, kwargs)
+
+
+@torch.library.register_fake("leanattn::decode_with_lse_out")
+def _(*args, **kwargs):
+    _fake_out("decode_with_lse_out", args, kwargs)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes an op's outputs on, so that a backward through them says what to use instead."""
+
+    @staticmethod
+    def forward(ctx, outputs, *inputs):
+        if isinstance(outputs, tuple):
+            return tuple(t.view_as(t) for t in outputs)
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "leanattn is for inference only: it has no backward. Use "
+            "torch.nn.functional.scaled_dot_product_attention (SDPA) where gradients are needed."
+        )
+
+
+def _register_missing_backward(op):
+    # torch.library.register_autograd takes no op with keyword-only tensors. This kernel runs in
+    # Python, a few microseconds a call, except under torch.inference_mode, which skips it.
+    after_autograd = torch._C._after_autograd_keyset
+
+    def kernel(keyset, *args, **kwargs):
+        outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
+            inputs = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+            return _NoBackward.apply(outputs, *inputs)
+        return outputs
+
+    _autograd_kernels.impl(op.name(), kernel, "Autograd", with_keyset=True)
+
+
+_autograd_kernels = torch.library.Library("leanattn", "IMPL")
+_register_missing_backward(_ops.decode.default)
+_register_missing_backward(_ops.decode_with_lse.default)

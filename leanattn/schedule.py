@@ -1,0 +1,2 @@
+def schedule(*a, **k):
+    raise NotImplementedError
