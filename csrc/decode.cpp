@@ -182,12 +182,14 @@ void check_optional_tensors(const Checker& check, const Arguments& a) {
 }
 
 void check_scalars(const Checker& check, const Arguments& a) {
+  // Scores are fp32.
+  const auto finite = [](double value) { return std::isfinite(static_cast<float>(value)); };
   if (a.softmax_scale) {
-    check.require(std::isfinite(*a.softmax_scale), "softmax_scale", "must be finite, got ",
+    check.require(finite(*a.softmax_scale), "softmax_scale", "must be a finite fp32 number, got ",
                   *a.softmax_scale);
   }
-  check.require(std::isfinite(a.softcap) && a.softcap >= 0, "softcap",
-                "must be finite and >= 0 (0 is off), got ", a.softcap);
+  check.require(finite(a.softcap) && a.softcap >= 0, "softcap",
+                "must be a finite fp32 number >= 0 (0 is off), got ", a.softcap);
   check.require(a.window_left >= -1, "window_left", "must be >= -1 (-1 is no limit), got ",
                 a.window_left);
   check.require(a.window_right >= -1, "window_right", "must be >= -1 (-1 is no limit), got ",
