@@ -359,7 +359,8 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
   int64_t num_counters = p.max_units;
   if (!problem.cu_seqlens_q) {
     const int64_t items = int64_t{problem.batch} * problem.num_heads_kv *
-                          ceil_div(problem.seqlen_q * problem.group_size, problem.rows_per_item);
+                          ceil_div<int64_t>(int64_t{problem.seqlen_q} * problem.group_size,
+                                            problem.rows_per_item);
     p.counter_per_item = items <= num_counters;
     num_counters = std::min(num_counters, items);
   }
@@ -411,6 +412,8 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
   }
   problem.rows_per_item = rows_per_item_for(rows);
   p.max_units = choose_units(check, problem, device_limits(device).num_sms);
+  p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
+  if (p.is_uniform) p.uniform = make_uniform_line(problem, p.max_units);
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, problem, a.max_seqlen_q, stream);
   launch_decode(p, workspace.num_counters, workspace.owns_counters, device, stream);

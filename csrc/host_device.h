@@ -7,6 +7,13 @@
 #define LEANATTN_HD inline
 #endif
 
+// Before a loop that runs once as a rule: unrolled copies would only be fetched for nothing.
+#if defined(__CUDA_ARCH__)
+#define LEANATTN_KEEP_ROLLED _Pragma("unroll 1")
+#else
+#define LEANATTN_KEEP_ROLLED
+#endif
+
 namespace leanattn {
 
 template <class T>

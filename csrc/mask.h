@@ -3,8 +3,6 @@
 // here knows of tiles, heads or memory.
 #pragma once
 
-#include <cstdint>
-
 #include "host_device.h"
 
 namespace leanattn {
@@ -28,14 +26,12 @@ struct Mask {
 // The keys that the query at `position` sees in a sequence of `length` tokens. The position is
 // negative where a sequence has more queries than tokens; such a query may see nothing.
 LEANATTN_HD KeyRange visible_keys(const Mask& mask, int length, int position) {
-  // 64-bit: position + window may pass INT32_MAX.
-  int64_t begin = 0;
-  int64_t end = length;
-  if (mask.window_left >= 0) begin = max_of<int64_t>(begin, int64_t{position} - mask.window_left);
-  if (mask.window_right >= 0) {
-    end = min_of<int64_t>(end, int64_t{position} + 1 + mask.window_right);
-  }
-  return {static_cast<int>(begin), static_cast<int>(max_of(begin, end))};
+  // Written so that position + window, which may pass INT32_MAX, is never computed.
+  const bool all_before = mask.window_left < 0 || position <= mask.window_left;
+  const bool all_after = mask.window_right < 0 || length - 1 - position <= mask.window_right;
+  const int begin = all_before ? 0 : position - mask.window_left;
+  const int end = all_after ? length : position + 1 + mask.window_right;
+  return {begin, max_of(begin, end)};
 }
 
 }  // namespace leanattn

@@ -18,6 +18,8 @@ struct DecodeParams {
   int head_dim_v;            // Dv
   int num_heads_q;
   Problem problem;  // lengths, mask, shape of the schedule
+  bool is_uniform;  // no lengths in device memory: `uniform` holds
+  UniformLine uniform;
 
   // With cu_seqlens_q, B is 1 and Sq is total_q here: the batch stride of q, out and lse is 0.
   const void* q;  // [B, Sq, Hq, D]

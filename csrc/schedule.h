@@ -23,6 +23,7 @@
 
 #include <cstdint>
 
+#include "fast_divisor.h"
 #include "host_device.h"
 #include "mask.h"
 
@@ -41,13 +42,13 @@ struct Problem {
   const int32_t* cu_seqlens_q;  // [batch + 1], or null: every sequence has `seqlen_q` queries
   int64_t cu_seqlens_q_stride;
   int batch;
-  int num_heads_kv;
-  int group_size;  // query heads a KV head
+  FastDivisor num_heads_kv;
+  FastDivisor group_size;  // query heads a KV head
   int seqlen_q;    // queries a sequence, without cu_seqlens_q
   int total_q;     // query rows in all, with cu_seqlens_q
   int capacity;    // tokens that a sequence can hold
   int tile_tokens_log2;
-  int rows_per_item;  // packed query rows (queries x group_size) that an item holds at most
+  FastDivisor rows_per_item;  // packed query rows (queries x group_size) that an item holds at most
   Mask mask;
 };
 
@@ -99,14 +100,14 @@ LEANATTN_HD int num_rows(const Problem& p, const Sequence& s) {
 }
 
 LEANATTN_HD int num_row_blocks(const Problem& p, const Sequence& s) {
-  return ceil_div(num_rows(p, s), p.rows_per_item);
+  return (num_rows(p, s) + p.rows_per_item - 1) / p.rows_per_item;
 }
 
 // --- One item ----------------------------------------------------------------------------------
 
 // Rows of the item; row r holds query r / group_size and head r % group_size of the group.
 LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
-  return min_of(p.rows_per_item, num_rows(p, s) - row_block * p.rows_per_item);
+  return min_of<int>(p.rows_per_item, num_rows(p, s) - row_block * p.rows_per_item);
 }
 
 LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {
@@ -119,6 +120,8 @@ LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {
 struct ItemKeys {
   KeyRange any;
   KeyRange all;
+
+  LEANATTN_HD bool alike() const { return any.begin == all.begin && any.end == all.end; }
 };
 
 LEANATTN_HD ItemKeys item_keys(const Problem& p, const Sequence& s, int row_block) {
@@ -141,6 +144,7 @@ LEANATTN_HD TileRange item_tiles(const Problem& p, const KeyRange& any) {
 LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
   const int row_blocks = num_row_blocks(p, s);
   int empty = 0;
+  LEANATTN_KEEP_ROLLED
   while (empty < row_blocks && item_keys(p, s, empty).any.empty()) ++empty;
   return empty;
 }
@@ -152,6 +156,7 @@ LEANATTN_HD bool has_empty_items(const Problem& p, const Sequence& s) {
 LEANATTN_HD int tiles_per_head(const Problem& p, const Sequence& s) {
   int tiles = 0;
   const int row_blocks = num_row_blocks(p, s);
+  LEANATTN_KEEP_ROLLED
   for (int block = 0; block < row_blocks; ++block) {
     tiles += item_tiles(p, item_keys(p, s, block).any).size();
   }
@@ -234,11 +239,30 @@ LEANATTN_HD int partial_slot(const Shares& shares, const Segment& segment, int u
   return shares.begin(unit) >= segment.item_line ? 0 : 1;
 }
 
+// Where all sequences are alike, what the host can work out ahead of the kernel.
+struct UniformLine {
+  Shares shares;
+  FastDivisor tiles_per_sequence;
+  bool any_empty;
+
+  LEANATTN_HD Position start(int unit) const {
+    const int line = unit < shares.num_units ? shares.begin(unit) : 0;
+    const int seq = line / tiles_per_sequence;
+    return {seq, 0, seq * tiles_per_sequence};
+  }
+};
+
+inline UniformLine make_uniform_line(const Problem& problem, int max_units) {
+  const Sequence sequence = load_sequence(problem, 0, 0);
+  const int tiles = problem.num_heads_kv * tiles_per_head(problem, sequence);
+  return {make_shares(problem.batch * tiles, max_units), FastDivisor(max_of(tiles, 1)),
+          has_empty_items(problem, sequence)};
+}
+
 // Walks the segments of one unit, in line order. `start` is the position of the sequence that holds
 // the first tile of the unit's share.
 class SegmentWalker {
  public:
-  SegmentWalker() = default;
   LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
                             const Position& start)
       : problem_(&problem), position_(start) {
@@ -251,6 +275,7 @@ class SegmentWalker {
   // Fills in the next segment; false when the share is done.
   LEANATTN_HD bool next(Segment& segment) {
     if (next_ >= end_) return false;
+    LEANATTN_KEEP_ROLLED
     while (next_ >= position_.line + problem_->num_heads_kv * tiles_per_head_) {
       position_.line += problem_->num_heads_kv * tiles_per_head_;
       position_.query_begin = next_query_begin(*problem_, sequence_);
@@ -262,6 +287,7 @@ class SegmentWalker {
     segment.sequence = sequence_;
     segment.head = offset / tiles_per_head_;
     offset -= segment.head * tiles_per_head_;
+    LEANATTN_KEEP_ROLLED
     for (segment.row_block = 0;; ++segment.row_block) {
       segment.keys = item_keys(*problem_, sequence_, segment.row_block);
       segment.item = item_tiles(*problem_, segment.keys.any);

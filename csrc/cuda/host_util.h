@@ -26,7 +26,7 @@ struct KernelSetup {
 // Throws with the name of the failed call.
 void check_cuda(cudaError_t status, const char* call);
 
-// The tensor maps of K and V, or box_tokens == 0 where the bulk tensor copies cannot be used: strides
+// The tensor maps of K and V, or unusable ones where the bulk tensor copies cannot be used: strides
 // that a tensor map cannot hold, an empty cache, an old driver, or LEANATTN_LOADER=cp_async.
 TensorMaps make_tensor_maps(const DecodeParams& params);
 

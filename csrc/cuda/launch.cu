@@ -84,7 +84,7 @@ struct MapShape {
   int64_t stride_elements[3];   // tokens, heads, batch
 };
 
-constexpr int kBoxTokens = 32;
+constexpr int kBoxTokensLog2 = 5;
 
 bool encode(const MapShape& shape, ElementType type, CUtensorMap& map) {
   constexpr cuuint64_t kMaxStride = cuuint64_t{1} << 40;
@@ -97,7 +97,7 @@ bool encode(const MapShape& shape, ElementType type, CUtensorMap& map) {
       return false;
     }
   }
-  const cuuint32_t box[4] = {64, kBoxTokens, 1, 1};
+  const cuuint32_t box[4] = {64, 1 << kBoxTokensLog2, 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUtensorMapDataType data_type = type == ElementType::kFloat16
                                             ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -125,9 +125,9 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
                    {extent(params.head_dim_v), extent(problem.capacity),
                     extent(problem.num_heads_kv), extent(problem.batch)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
-  if (encode(k, params.element_type, maps.k) && encode(v, params.element_type, maps.v)) {
-    maps.box_tokens = kBoxTokens;
-  }
+  maps.box_tokens_log2 = kBoxTokensLog2;
+  maps.usable =
+      encode(k, params.element_type, maps.k) && encode(v, params.element_type, maps.v);
   return maps;
 }
 

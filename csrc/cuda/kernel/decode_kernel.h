@@ -1,7 +1,7 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share of the
 // line, and then the producer warp copies and the consumer warps compute it, segment by segment.
-// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, loaders.h, mainloop.h, warp_merge.h,
-// fixup.h.
+// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h, mainloop.h,
+// warp_merge.h, fixup.h.
 #pragma once
 
 #include "empty_rows.h"
@@ -13,62 +13,35 @@
 
 namespace leanattn {
 
-// q rows of the item into shared memory, swizzled; rows and columns beyond the item are zero.
-template <class Traits>
-__device__ __forceinline__ void load_queries(const DecodeParams& params, const Segment& segment,
-                                             uint8_t* q_smem) {
-  using Element = typename Traits::Element;
-  constexpr int kChunks = Traits::kHeadDim / 8;
-  const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
-  const Element* q = static_cast<const Element*>(params.q);
-  for (int i = threadIdx.x; i < Traits::kRows * kChunks; i += Traits::kConsumerThreads) {
-    const int row = i / kChunks;
-    const int chunk = i % kChunks;
-    uint4 values{};
-    if (row < rows && chunk * 8 < params.head_dim) {
-      const QueryRow r = query_row(params, segment, row);
-      values = *reinterpret_cast<const uint4*>(
-          q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) + chunk * 8);
-    }
-    *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kRows>(row, chunk)) = values;
-  }
-}
-
 // The consumer warps' whole life.
 template <class Traits>
 __device__ __forceinline__ void consume(const DecodeParams& params, const Shares& shares, int unit,
-                                        Ring<Traits> ring, typename Traits::SharedStorage& smem) {
+                                        Ring<Traits> ring, TaskQueue<Traits> tasks,
+                                        typename Traits::SharedStorage& smem) {
   const WarpPlace<Traits> place(threadIdx.x / 32);
-  MainLoop<Traits> main_loop(params, place, smem.q);
-  for (int turn = 0;; turn ^= 1) {
-    const Segment& segment = smem.segments[turn];
-    if (threadIdx.x == 0) smem.has_segment[turn] = smem.consumer_walker.next(smem.segments[turn]);
-    sync_consumers<Traits>();  // the segment is there; everybody has left the last one's main loop
-    if (!smem.has_segment[turn]) break;
-    const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
-    load_queries<Traits>(params, segment, smem.q);
-    sync_consumers<Traits>();  // q is there; everybody has left the last segment's merge
-
+  MainLoop<Traits> main_loop(params, place);
+  int num_cuts = 0;
+  while (const auto* task = tasks.front()) {
+    const Segment& segment = task->segment;
     WarpState<Traits> state;
-    main_loop.run(segment, ring, state);
-
+    main_loop.run(*task, ring, state);
     if (segment.is_whole()) {
-      merge_warps<Traits>(smem, place, state, rows, params.head_dim_v,
+      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v,
                           [&](int row, int dim, const QuadState& merged) {
                             write_quad<Traits>(params, segment, row, dim, merged);
                           });
-      continue;
+    } else {
+      const int64_t index = partial_index(shares, segment, unit);
+      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v,
+                          [&](int row, int dim, const QuadState& merged) {
+                            store_partial<Traits>(params, index, row, dim, merged);
+                          });
+      if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, false};
+      ++num_cuts;
     }
-    const int64_t index = partial_index(shares, segment, unit);
-    merge_warps<Traits>(smem, place, state, rows, params.head_dim_v,
-                        [&](int row, int dim, const QuadState& merged) {
-                          store_partial<Traits>(params, index, row, dim, merged);
-                        });
-    const Participants units = participants(shares, segment);
-    if (draw_last_ticket<Traits>(params, segment, units, smem)) {
-      merge_partials<Traits>(params, shares, segment, units);
-    }
+    tasks.pop();
   }
+  fix_up<Traits>(params, shares, num_cuts, smem);
 }
 
 template <class Traits>
@@ -77,29 +50,32 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                   const __grid_constant__ TensorMaps maps, int num_stages) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(dynamic_smem);
-  const bool use_tma = maps.box_tokens > 0;
+  const bool is_producer = threadIdx.x >= Traits::kConsumerThreads;
 
   Ring<Traits> ring(smem, num_stages);
-  if (threadIdx.x == 0) {
-    ring.init(use_tma ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
+  TaskQueue<Traits> tasks(smem);
+  if (is_producer) {
+    const int lane = threadIdx.x % 32;
+    ring.init(lane, maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
+    tasks.init(lane);
 #if __CUDA_ARCH__ >= 900
     cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
 #endif
   }
   const int unit = blockIdx.x;
   const Place place = locate<Traits>(params, unit, smem);
-  const SegmentWalker walker(params.problem, place.shares, unit, place.start);
-  if (threadIdx.x == 0) smem.consumer_walker = walker;
-  __syncthreads();  // the ring's barriers are initialised
+  __syncthreads();  // the barriers are initialised
 
-  if (threadIdx.x >= Traits::kConsumerThreads) {
-    if (use_tma) {
-      produce(params, maps, walker, TmaLoader<Traits>{maps.box_tokens}, ring);
+  if (is_producer) {
+    const SegmentWalker walker(params.problem, place.shares, unit, place.start);
+    if (maps.usable) {
+      produce(params, maps, place.shares, walker, TmaLoader<Traits>{maps.box_tokens_log2}, ring,
+              tasks);
     } else {
-      produce(params, maps, walker, CpAsyncLoader<Traits>{}, ring);
+      produce(params, maps, place.shares, walker, CpAsyncLoader<Traits>{}, ring, tasks);
     }
   } else {
-    consume<Traits>(params, place.shares, unit, ring, smem);
+    consume<Traits>(params, place.shares, unit, ring, tasks, smem);
   }
   write_empty_rows<Traits>(params, place, smem);
 }

@@ -1,11 +1,13 @@
 // The fixup: puts an item together again that several units have computed parts of (the paper's
-// host-block reduction). Every unit leaves its partial in the workspace and draws a ticket; the one
-// that draws the last merges all partials in the order of the units, so that the result does not
-// depend on who came last. Nobody waits, so it needs no CTA to run beside another.
+// host-block reduction). Every unit leaves its partials in the workspace and, at the end of its share,
+// draws a ticket for each; the unit that draws an item's last ticket merges its partials in the order
+// of the units, so that the result does not depend on who came last. Nobody waits, so it needs no CTA
+// to run beside another. Tickets are drawn at the end because the copies in flight make any trip to
+// memory long while the share lasts, and because an item's other part ends no sooner anyway.
 //
 // Memory ordering, CTA i to the last CTA:
-//   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: atom.acq_rel (release)
-//   last CTA's thread 0: atom.acq_rel (acquire)  ->  sync_consumers  ->  loads of all its threads
+//   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: fence, atomicAdd (release)
+//   last CTA's thread 0: atomicAdd, fence (acquire)  ->  sync_consumers  ->  loads of all its threads
 // The loads go to L2 (__ldcg): the non-coherent path could hold the slot's old contents.
 #pragma once
 
@@ -13,6 +15,12 @@
 #include "warp_merge.h"
 
 namespace leanattn {
+
+template <class Traits>
+__device__ __forceinline__ int* counter_of(const DecodeParams& params,
+                                           const typename Traits::CutSegment& cut) {
+  return params.counters + counter_index(params, cut.segment, cut.units.first);
+}
 
 template <class Traits>
 __device__ __forceinline__ void store_partial(const DecodeParams& params, int64_t index, int row,
@@ -44,20 +52,29 @@ __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, in
   return state;
 }
 
-// By all consumer threads, after their stores. True in every thread of the unit that came last,
-// which has then put the counter back to zero: no other unit will look at it again.
+// By all consumer threads, after their stores: draws a ticket for each of the unit's cut segments. The
+// last one to arrive puts the counter back to zero: no other unit will look at it again.
 template <class Traits>
-__device__ __forceinline__ bool draw_last_ticket(const DecodeParams& params, const Segment& segment,
-                                                 const Participants& units,
-                                                 typename Traits::SharedStorage& smem) {
+__device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num_cuts,
+                                             typename Traits::SharedStorage& smem) {
   sync_consumers<Traits>();  // all partial stores of this CTA come before the release below
   if (threadIdx.x == 0) {
-    int* counter = params.counters + counter_index(params, segment, units.first);
-    smem.ticket = ptx::atom_add_acq_rel_gpu(counter, 1);
-    if (smem.ticket == units.count() - 1) *counter = 0;
+    __threadfence();
+    int tickets[2];
+#pragma unroll
+    for (int cut = 0; cut < 2; ++cut) {
+      if (cut < num_cuts) tickets[cut] = atomicAdd(counter_of<Traits>(params, smem.cuts[cut]), 1);
+    }
+#pragma unroll
+    for (int cut = 0; cut < 2; ++cut) {
+      if (cut >= num_cuts) continue;
+      const bool is_last = tickets[cut] == smem.cuts[cut].units.count() - 1;
+      smem.cuts[cut].is_last_to_arrive = is_last;
+      if (is_last) *counter_of<Traits>(params, smem.cuts[cut]) = 0;
+    }
+    __threadfence();
   }
-  sync_consumers<Traits>();  // the ticket is there; the acquire covers the whole CTA
-  return smem.ticket == units.count() - 1;
+  sync_consumers<Traits>();  // the answers are there; the acquire covers the whole CTA
 }
 
 // By all consumer threads of the unit that came last.
@@ -81,6 +98,18 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
     }
     write_quad<Traits>(params, segment, row, dim, merged);
   });
+}
+
+// By all consumer threads, when the share is done.
+template <class Traits>
+__device__ __forceinline__ void fix_up(const DecodeParams& params, const Shares& shares, int num_cuts,
+                                       typename Traits::SharedStorage& smem) {
+  if (num_cuts == 0) return;
+  draw_tickets<Traits>(params, num_cuts, smem);
+  for (int cut = 0; cut < num_cuts; ++cut) {
+    if (!smem.cuts[cut].is_last_to_arrive) continue;
+    merge_partials<Traits>(params, shares, smem.cuts[cut].segment, smem.cuts[cut].units);
+  }
 }
 
 }  // namespace leanattn

@@ -6,11 +6,11 @@
 
 #include <cuda.h>
 
-#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
 #include "ring.h"
+#include "task_queue.h"
 
 namespace leanattn {
 
@@ -19,7 +19,8 @@ namespace leanattn {
 struct TensorMaps {
   CUtensorMap k;
   CUtensorMap v;
-  int box_tokens;
+  int box_tokens_log2;
+  bool usable;
 };
 
 // One of K or V, as the loaders see it.
@@ -42,7 +43,7 @@ __device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, in
 template <class Traits>
 struct TmaLoader {
   static constexpr int kArrivals = 1;
-  int box_tokens;
+  int box_tokens_log2;
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
@@ -50,8 +51,10 @@ struct TmaLoader {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 != 0) return;
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
-    const int first = rows.begin / box_tokens * box_tokens;
-    const int boxes = ceil_div(rows.end - first, box_tokens) * Traits::kColumnBlocks;
+    const int box_tokens = 1 << box_tokens_log2;
+    const int first = rows.begin & -box_tokens;
+    const int boxes =
+        ((rows.end - first + box_tokens - 1) >> box_tokens_log2) * Traits::kColumnBlocks;
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(ring.full_barrier(),
                                                                    boxes * box_tokens * 128);
     for (int row = first; row < rows.end; row += box_tokens) {
@@ -98,11 +101,13 @@ struct CpAsyncLoader {
   }
 };
 
-// The producer warp's whole life: K and V of every tile of every segment of the unit.
+// The producer warp's whole life: every segment of the unit, K and V of every tile. The first tile's K
+// goes ahead of the task, whose arithmetic can wait.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        SegmentWalker walker, const Loader& loader,
-                                        Ring<Traits> ring) {
+                                        const Shares& shares, SegmentWalker walker,
+                                        const Loader& loader, Ring<Traits> ring,
+                                        TaskQueue<Traits> tasks) {
   using Element = typename Traits::Element;
   const CacheView<Element> k{&maps.k,
                              static_cast<const Element*>(params.k),
@@ -123,11 +128,13 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
       ring.wait_empty();
       loader.load(k, segment, tile_token, ring);
       ring.advance();
+      if (tile == segment.tile_begin) tasks.push(params, shares, segment);
       ring.wait_empty();
       loader.load(v, segment, tile_token, ring);
       ring.advance();
     }
   }
+  tasks.close();
 }
 
 }  // namespace leanattn

@@ -49,23 +49,6 @@ struct Place {
   bool any_empty;   // some sequence has rows that see no key
 };
 
-// Without lengths in device memory all sequences are alike and a division does.
-__device__ __forceinline__ Place locate_uniform(const DecodeParams& params, int unit) {
-  const Problem& problem = params.problem;
-  const Sequence sequence = load_sequence(problem, 0, 0);
-  const int tiles = problem.num_heads_kv * tiles_per_head(problem, sequence);
-  Place place;
-  place.query_end = 0;
-  place.any_empty = has_empty_items(problem, sequence);
-  place.shares = make_shares(problem.batch * tiles, params.max_units);
-  place.start = {0, 0, 0};
-  if (unit < place.shares.num_units) {
-    place.start.seq = place.shares.begin(unit) / tiles;
-    place.start.line = place.start.seq * tiles;
-  }
-  return place;
-}
-
 // Sequences a thread.
 template <class Traits>
 __device__ __forceinline__ int stripe_length(const Problem& problem) {
@@ -89,7 +72,9 @@ template <class Traits>
 __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
                                         typename Traits::SharedStorage& smem) {
   const Problem& problem = params.problem;
-  if (!problem.cache_seqlens && !problem.cu_seqlens_q) return locate_uniform(params, unit);
+  if (params.is_uniform) {
+    return {params.uniform.shares, params.uniform.start(unit), 0, params.uniform.any_empty};
+  }
 
   const int stripe = stripe_length<Traits>(problem);
   const int first = min_of<int>(threadIdx.x * stripe, problem.batch);

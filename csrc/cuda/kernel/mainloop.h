@@ -68,17 +68,18 @@ class MainLoop {
   static constexpr int kDimSteps = Traits::kDimSteps;
   static constexpr int kDepthSteps = Traits::kDepthSteps;
 
-  __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place,
-                                      const uint8_t* q_smem)
-      : params_(params), place_(place), q_smem_(q_smem) {
+  __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place)
+      : params_(params), place_(place) {
     plain_scores_ = params.softcap == 0.0f && params.alibi_slopes == nullptr;
     scale_log2_ = params.softmax_scale * kLog2E;
   }
 
-  // All tiles of one segment. q must lie in shared memory.
-  __device__ __forceinline__ void run(const Segment& segment, Ring<Traits>& ring,
+  // All tiles of one segment.
+  __device__ __forceinline__ void run(const typename Traits::Task& task, Ring<Traits>& ring,
                                       WarpState<Traits>& state) {
+    const Segment& segment = task.segment;
     segment_ = &segment;
+    q_smem_ = task.q;
     state.clear();
     for (int n = 0; n < kRowSteps; ++n) {
       for (int c = 0; c < 2; ++c) {
@@ -142,7 +143,7 @@ class MainLoop {
     const int lane = threadIdx.x % 32;
     const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
     uint32_t r[4];
-    ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
+    ldmatrix_x4(r, q_smem_ + row * Traits::kQueryPitch + depth * 32 + lane / 8 * 16);
     b0[0] = r[0];
     b0[1] = r[1];
     b1[0] = r[2];
@@ -326,7 +327,7 @@ class MainLoop {
   __device__ __forceinline__ bool spoils_some_rows(const uint8_t* v_smem, int token) const {
     const KeyRange any = segment_->keys.any;
     const KeyRange all = segment_->keys.all;
-    if (any.begin == all.begin && any.end == all.end) return false;
+    if (segment_->keys.alike()) return false;
     bool spoils = false;
 #pragma unroll 1
     for (int i = 0; i < kTokenSteps; ++i) {
@@ -373,7 +374,7 @@ class MainLoop {
 
   const DecodeParams& params_;
   const WarpPlace<Traits>& place_;
-  const uint8_t* q_smem_;  // [kHeadDim / 64][kRows][64], swizzled
+  const uint8_t* q_smem_;  // [kRows] rows of kQueryPitch bytes
   const Segment* segment_;
   bool plain_scores_;
   float scale_log2_;

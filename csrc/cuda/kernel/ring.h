@@ -28,11 +28,11 @@ class Ring {
   __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages)
       : smem_(smem), num_stages_(num_stages) {}
 
-  // By one thread, before the CTA's first barrier. `producers`: arrivals that fill a stage.
-  __device__ __forceinline__ void init(int producers) {
-    for (int stage = 0; stage < num_stages_; ++stage) {
-      ptx::mbarrier_init(&smem_.full[stage], producers);
-      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
+  // By the lanes of one warp, before the CTA's first barrier. `producers`: arrivals that fill a stage.
+  __device__ __forceinline__ void init(int lane, int producers) {
+    if (lane < num_stages_) {
+      ptx::mbarrier_init(&smem_.full[lane], producers);
+      ptx::mbarrier_init(&smem_.empty[lane], Traits::kConsumerWarps);
     }
   }
 

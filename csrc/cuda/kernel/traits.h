@@ -61,25 +61,41 @@ struct DecodeTraits {
   static constexpr int kMergeRows = kRowGroups * 8;
   static constexpr int kMergePitch = kHeadDim + 4;
 
+  // q rows are 16 bytes longer than they need be, for the same reason.
+  static constexpr int kQueryPitch = kHeadDim * 2 + 16;
+
   static constexpr int kMaxStages = 16;
+  static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
+
+  // What the producer tells the consumers of one segment.
+  struct Task {
+    alignas(16) uint8_t q[kRows * kQueryPitch];
+    Segment segment;
+    int num_rows;  // 0: no more tasks
+    Participants units;
+  };
+
+  // A segment that does not hold its whole item, until the fixup.
+  struct CutSegment {
+    Segment segment;
+    Participants units;
+    bool is_last_to_arrive;
+  };
 
   struct SharedStorage {
-    alignas(1024) uint8_t q[kRows * kHeadDim * 2];
+    Task tasks[kTasks];
+    CutSegment cuts[2];
     alignas(16) float merge_o[kSlices][kMergeRows][kMergePitch];
     float merge_max[kSlices][kMergeRows];
     float merge_sum[kSlices][kMergeRows];
     alignas(8) uint64_t full[kMaxStages];
     uint64_t empty[kMaxStages];
+    uint64_t task_full[kTasks];
+    uint64_t task_empty[kTasks];
     int scan_tiles[kThreads / 32];
     int scan_queries[kThreads / 32];
     int stripe_query_begin[kThreads];
     Position start;
-    int ticket;
-    // Kept here, not in registers: the main loop needs those. Two segments, so that the next one can
-    // be written while some warps still merge the last.
-    SegmentWalker consumer_walker;
-    Segment segments[2];
-    bool has_segment[2];
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;

@@ -14,8 +14,7 @@ __device__ __forceinline__ void sync_consumers() {
 }
 
 // Calls visit(row, dim, state) for every row of the item and every fourth element of Dv. Eight rows
-// of each row group at a time. On entry all consumers must have passed a barrier since the last
-// call's visits.
+// of each row group at a time.
 template <class Traits, class Visit>
 __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem,
                                             const WarpPlace<Traits>& place,
@@ -23,7 +22,7 @@ __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem
                                             int head_dim_v, Visit visit) {
 #pragma unroll
   for (int n = 0; n < Traits::kRowSteps; ++n) {
-    if (n > 0) sync_consumers<Traits>();  // the visits of the rows before have read merge_*
+    sync_consumers<Traits>();  // the visits of the rows before have read merge_*
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int row = place.row_group * 8 + place.t * 2 + c;
