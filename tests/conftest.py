@@ -1,0 +1,78 @@
+"""Devices, loaders and dtypes of the suite: `device` alone runs a test on the CPU and on CUDA;
+`loader` beside it runs CUDA once a loader; `dtype` runs every dtype that the device takes."""
+
+import pytest
+import torch
+
+LOADERS = {"cpu": [None], "cuda": ["tma", "cp_async"]}
+DTYPES = {
+    "cpu": [torch.float32, torch.float16, torch.bfloat16],
+    "cuda": [torch.float16, torch.bfloat16],
+}
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_generate_tests(metafunc):
+    """One parameter set for each device, loader and dtype that exist together."""
+    columns = [name for name in ("device", "loader", "dtype") if name in metafunc.fixturenames]
+    if "device" not in columns:
+        return
+    gpu_only = metafunc.definition.get_closest_marker("gpu") is not None
+    rows = {}
+    for device in ["cuda"] if gpu_only else ["cpu", "cuda"]:
+        for loader in LOADERS[device]:
+            for dtype in DTYPES[device]:
+                values = {"device": device, "loader": loader, "dtype": dtype}
+                names = {**values, "dtype": DTYPE_NAMES[dtype]}
+                label = "-".join(names[column] for column in columns if names[column])
+                marks = [pytest.mark.gpu] if device == "cuda" else []
+                row = [values[column] for column in columns]
+                rows.setdefault(label, pytest.param(*row, marks=marks, id=label))
+    indirect = [column for column in columns if column != "dtype"]
+    metafunc.parametrize(columns, list(rows.values()), indirect=indirect)
+
+
+@pytest.fixture
+def device(request):
+    """ "cpu", or "cuda" where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def loader(request, monkeypatch):
+    """Force one of the two ways in which the CUDA kernel fetches K and V."""
+    name = getattr(request, "param", None)
+    if name is not None:
+        monkeypatch.setenv("LEANATTN_LOADER", name)
+    return name
+
+
+@pytest.fixture
+def force_units(monkeypatch):
+    """A function that fixes the number of units (CTAs, or shares on the CPU) of later calls."""
+
+    def force(count):
+        monkeypatch.setenv("LEANATTN_NUM_UNITS", str(count))
+
+    return force
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test draws the same numbers in every run and in every order."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def headers(request, tmp_path_factory):
+    """The C++ headers that the kernels include, as a Python module; see native/headers.cpp."""
+    from native.build import load_headers
+
+    cache = getattr(request.config, "cache", None)
+    return load_headers(cache.mkdir("headers") if cache else tmp_path_factory.mktemp("headers"))

@@ -1,0 +1,238 @@
+"""What decode must compute, in plain torch, and how near to it is near enough.
+
+`reference` is the definition in fp64. `same_dtype` is what a user would write in the tensors' own
+dtype; its error is the yardstick. `assert_close` holds a result against both. Nothing here knows
+how the op works: keys are found by slicing the visible range of each query row, so what a row may
+not see is never touched, not even to be multiplied by zero.
+"""
+
+import torch
+
+LSE_TOLERANCE = 2e-5
+COSINE_TOLERANCE = 5e-6
+FP32_TOLERANCE = 1e-5
+
+
+def clamped_lengths(cache_seqlens, batch, capacity):
+    """Valid tokens of each sequence, inside [0, capacity]."""
+    if cache_seqlens is None:
+        return [capacity] * batch
+    return cache_seqlens.long().clamp(0, capacity).tolist()
+
+
+def query_ranges(q, batch, cu_seqlens_q):
+    """Half-open range of rows of each sequence, in q flattened to [rows, Hq, D]."""
+    if cu_seqlens_q is None:
+        seqlen_q = q.shape[1] if q.dim() == 4 else 1
+        return [(i * seqlen_q, (i + 1) * seqlen_q) for i in range(batch)]
+    bounds = []
+    for entry in cu_seqlens_q.tolist():
+        previous = bounds[-1] if bounds else 0
+        bounds.append(min(max(entry, previous), q.shape[0]))
+    return list(zip(bounds[:-1], bounds[1:]))
+
+
+def visible_range(length, seqlen_q, row, causal=True, window_left=-1, window_right=-1):
+    """Half-open range of the keys that one query row sees."""
+    position = length - seqlen_q + row
+    begin, end = 0, length
+    if causal:
+        end = min(end, position + 1)
+    if window_left >= 0:
+        begin = max(begin, position - window_left)
+    if window_right >= 0:
+        end = min(end, position + window_right + 1)
+    return begin, max(begin, end)
+
+
+def visible_mask(length, seqlen_q, begin, end, causal, window_left, window_right, device):
+    """[Sq, end - begin] of bool: which of the keys begin..end each query row sees."""
+    keys = torch.arange(begin, end, device=device)
+    rows = [
+        visible_range(length, seqlen_q, row, causal, window_left, window_right)
+        for row in range(seqlen_q)
+    ]
+    first, last = torch.tensor(rows, device=device).T[:, :, None]
+    return (keys >= first) & (keys < last)
+
+
+def attend(q, k, v, visible, distance, scale, softcap, slopes, sinks, rounded):
+    """Rows that see at least one key: q [r, Hq, D], k [n, Hkv, D], v [n, Hkv, Dv], visible and
+    distance [r, n]. `rounded` stands wherever a narrow dtype would store a result.
+    """
+    rows, heads_q, heads_kv = q.shape[0], q.shape[1], k.shape[1]
+    grouped = q.view(rows, heads_kv, heads_q // heads_kv, -1)
+    scores = rounded(torch.einsum("rhgd,nhd->rhgn", grouped, k)).flatten(1, 2)
+    scores = rounded(scores * scale)
+    if softcap:
+        scores = rounded(softcap * torch.tanh(scores / softcap))
+    if slopes is not None:
+        scores = scores - slopes[:, None] * distance[:, None, :]
+    logits = torch.where(visible[:, None, :], scores, -torch.inf)
+
+    largest = logits.amax(-1)
+    if sinks is not None:
+        largest = torch.maximum(largest, sinks)
+    weights = torch.exp(logits - largest[..., None])
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks - largest)
+    weights = rounded(weights / total[..., None])
+    out = rounded(weighted_sum(weights.unflatten(1, grouped.shape[1:3]), v, visible))
+    return out.flatten(1, 2), largest + total.log()
+
+
+def weighted_sum(weights, v, visible):
+    """weights [r, Hkv, g, n] times v [n, Hkv, Dv], where the zero weight of an unseen key is no
+    factor: a key that holds NaN or Inf is added to the rows that see it and to no others."""
+    special = ~v.isfinite().flatten(1).all(1)
+    out = torch.einsum("rhgn,nhd->rhgd", weights[..., ~special], v[~special])
+    for key in special.nonzero().flatten().tolist():
+        term = weights[..., key, None] * v[key, :, None, :]
+        out = out + torch.where(visible[:, key, None, None, None], term, 0)
+    return out
+
+
+def unrounded(tensor):
+    """What the fp64 reference stores: everything as it is."""
+    return tensor
+
+
+def reference(
+    q, k_cache, v_cache, cache_seqlens=None, *, cu_seqlens_q=None, softmax_scale=None, causal=True,
+    window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None, sinks=None,
+    compute_dtype=torch.float64, rounded=unrounded,
+):  # fmt: skip
+    """(out, lse) of every row of every sequence, in fp64."""
+    batch, capacity = k_cache.shape[:2]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    lengths = clamped_lengths(cache_seqlens, batch, capacity)
+    ranges = query_ranges(q, batch, cu_seqlens_q)
+    rows = (q.flatten(0, 1) if q.dim() == 4 else q).to(compute_dtype)
+    out = rows.new_zeros(*rows.shape[:2], v_cache.shape[-1])
+    lse = rows.new_full(rows.shape[:2], -torch.inf)
+    sinks = None if sinks is None else sinks.to(compute_dtype)
+
+    for sequence, (length, (row_begin, row_end)) in enumerate(zip(lengths, ranges)):
+        seqlen_q = row_end - row_begin
+        if seqlen_q == 0:
+            continue
+        if sinks is not None:
+            lse[row_begin:row_end] = sinks
+        begin, _ = visible_range(length, seqlen_q, 0, causal, window_left, window_right)
+        _, end = visible_range(length, seqlen_q, seqlen_q - 1, causal, window_left, window_right)
+        visible = visible_mask(
+            length, seqlen_q, begin, end, causal, window_left, window_right, q.device
+        )
+        sees = visible.any(1)
+        if not sees.any():
+            continue
+        slopes = None
+        if alibi_slopes is not None:
+            slopes = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[sequence]
+            slopes = slopes.to(compute_dtype)
+        positions = length - seqlen_q + torch.arange(seqlen_q, device=q.device)
+        distance = (positions[:, None] - torch.arange(begin, end, device=q.device)).abs()
+        seeing_rows = row_begin + sees.nonzero().flatten()
+        out[seeing_rows], lse[seeing_rows] = attend(
+            rows[seeing_rows],
+            k_cache[sequence, begin:end].to(compute_dtype),
+            v_cache[sequence, begin:end].to(compute_dtype),
+            visible[sees], distance[sees].to(compute_dtype), scale, softcap, slopes, sinks, rounded,
+        )  # fmt: skip
+    return out.view(*q.shape[:-1], v_cache.shape[-1]), lse.view(q.shape[:-1])
+
+
+def same_dtype(q, k_cache, v_cache, cache_seqlens=None, **options):
+    """`out` as plain torch in q's dtype gives it: products, scores and weights stored in it."""
+    out, _ = reference(
+        q, k_cache, v_cache, cache_seqlens, **options,
+        compute_dtype=torch.float32, rounded=lambda x: x.to(q.dtype).float(),
+    )  # fmt: skip
+    return out.to(q.dtype)
+
+
+def ulp(magnitude, dtype):
+    """Spacing of `dtype` at a magnitude (fp64 tensor), the smallest subnormal at zero."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(magnitude.clamp(min=info.smallest_normal)).exponent - 1
+    return torch.ldexp(torch.full_like(magnitude, info.eps), exponent)
+
+
+def assert_close(out, lse, **case):
+    """Hold a result against fp64: error, direction, logarithm, and where it is not finite.
+
+    Rules (1) of the policy are applied to each row and head by itself, the cosine to each row: a
+    batch mixes outputs of very different size, and a limit for the largest hides the rest.
+    """
+    expected, expected_lse = reference(**case)
+    assert out.shape == expected.shape, f"out {tuple(out.shape)}, not {tuple(expected.shape)}"
+    assert lse.shape == out.shape[:-1], f"lse {tuple(lse.shape)} beside out {tuple(out.shape)}"
+    assert out.dtype == case["q"].dtype and lse.dtype == torch.float32
+    if out.numel() == 0:
+        return
+    assert_same_specials("out", out, expected.to(out.dtype))
+    assert_same_specials("lse", lse, expected_lse.float())
+
+    wide = finite(out.double())
+    truth = finite(expected)
+    yardstick = same_dtype(**case).double()
+    yardstick = torch.where(yardstick.isfinite() & expected.isfinite(), yardstick, truth)
+    magnitude = truth.abs().amax(-1, keepdim=True)
+    limit = 2 * (yardstick - truth).abs().amax(-1, keepdim=True) + 2 * ulp(magnitude, out.dtype)
+    limit = torch.where(magnitude == 0, 0, limit)
+    if out.dtype == torch.float32:
+        limit = torch.maximum(limit, FP32_TOLERANCE * truth.abs().clamp(min=1) * (magnitude > 0))
+    assert_within("out", wide, truth, limit)
+    assert_within("lse", finite(lse.double()), finite(expected_lse),
+                  LSE_TOLERANCE * finite(expected_lse).abs().clamp(min=1))  # fmt: skip
+
+    wide, truth = wide.flatten(-2), truth.flatten(-2)
+    squares = (wide * wide + truth * truth).sum(-1)
+    difference = 1 - 2 * (wide * truth).sum(-1) / squares.clamp(min=1e-300)
+    assert_within("cosine", torch.where(squares == 0, 0, difference), torch.zeros_like(difference),
+                  torch.full_like(difference, COSINE_TOLERANCE))  # fmt: skip
+
+
+def finite(tensor):
+    """The tensor with 0 where it is NaN or infinite."""
+    return torch.where(tensor.isfinite(), tensor, 0)
+
+
+def assert_within(name, actual, expected, limit):
+    """|actual - expected| <= limit everywhere; says where it is worst."""
+    excess = (actual - expected).abs() - limit
+    if excess.max() <= 0:
+        return
+    where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    limit = limit.expand_as(actual)
+    raise AssertionError(
+        f"{name}{list(where)} is {actual[where].item():.9g}, fp64 gives "
+        f"{expected[where].item():.9g}, limit {limit[where].item():.3g}; "
+        f"{int((excess > 0).sum())} of {excess.numel()} are beyond their limit"
+    )
+
+
+def assert_same_specials(name, actual, expected):
+    """NaN, +inf and -inf stand at the same places."""
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differs = test(actual) != test(expected)
+        if differs.any():
+            where = differs.nonzero()[0].tolist()
+            raise AssertionError(
+                f"{name}{where} is {actual[tuple(where)].item()}, fp64 gives "
+                f"{expected[tuple(where)].item()}: {kind} at {int(differs.sum())} wrong places"
+            )
+
+
+def assert_same_bits(actual, expected):
+    """Bit for bit the same, NaN included; says where they first differ."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    integer = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+    differs = actual.contiguous().view(integer) != expected.contiguous().view(integer)
+    if differs.any():
+        where = differs.nonzero()[0].tolist()
+        raise AssertionError(
+            f"first difference at {where}: {actual[tuple(where)].item()!r} and "
+            f"{expected[tuple(where)].item()!r}; {int(differs.sum())} of {differs.numel()} differ"
+        )
