@@ -260,7 +260,7 @@ inline UniformLine make_uniform_line(const Problem& problem, int max_units) {
 }
 
 // Walks the segments of one unit, in line order. `start` is the position of the sequence that holds
-// the first tile of the unit's share.
+// the first tile of the unit's share, or of one before it.
 class SegmentWalker {
  public:
   LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
@@ -269,48 +269,88 @@ class SegmentWalker {
     const bool idle = unit >= shares.num_units;
     next_ = idle ? 0 : shares.begin(unit);
     end_ = idle ? 0 : shares.end(unit);
-    if (next_ < end_) enter_sequence();
+    if (next_ < end_) seek();
   }
 
   // Fills in the next segment; false when the share is done.
   LEANATTN_HD bool next(Segment& segment) {
     if (next_ >= end_) return false;
-    LEANATTN_KEEP_ROLLED
-    while (next_ >= position_.line + problem_->num_heads_kv * tiles_per_head_) {
-      position_.line += problem_->num_heads_kv * tiles_per_head_;
-      position_.query_begin = next_query_begin(*problem_, sequence_);
-      ++position_.seq;
-      enter_sequence();
-    }
-    int offset = next_ - position_.line;
+    if (next_ == item_line_ + item_.size()) enter_next_item();
     segment.seq = position_.seq;
+    segment.head = head_;
+    segment.row_block = row_block_;
     segment.sequence = sequence_;
-    segment.head = offset / tiles_per_head_;
-    offset -= segment.head * tiles_per_head_;
-    LEANATTN_KEEP_ROLLED
-    for (segment.row_block = 0;; ++segment.row_block) {
-      segment.keys = item_keys(*problem_, sequence_, segment.row_block);
-      segment.item = item_tiles(*problem_, segment.keys.any);
-      if (offset < segment.item.size()) break;
-      offset -= segment.item.size();
-    }
-    segment.item_line = next_ - offset;
-    segment.tile_begin = segment.item.begin + offset;
-    segment.tile_end = min_of(segment.item.end, segment.tile_begin + (end_ - next_));
+    segment.keys = keys_;
+    segment.item = item_;
+    segment.item_line = item_line_;
+    segment.tile_begin = item_.begin + (next_ - item_line_);
+    segment.tile_end = min_of(item_.end, segment.tile_begin + (end_ - next_));
     next_ += segment.tile_end - segment.tile_begin;
     return true;
   }
 
  private:
+  // To the item that holds tile `next_`. The only division of a walk.
+  LEANATTN_HD void seek() {
+    enter_sequence();
+    LEANATTN_KEEP_ROLLED
+    while (next_ >= sequence_end()) enter_next_sequence();
+    head_ = (next_ - position_.line) / tiles_per_head_;
+    item_line_ = position_.line + head_ * tiles_per_head_;
+    row_block_ = 0;
+    enter_item();
+    LEANATTN_KEEP_ROLLED
+    while (next_ >= item_line_ + item_.size()) enter_next_row_block();
+  }
+
+  LEANATTN_HD void enter_next_item() {
+    if (row_block_ + 1 < num_row_blocks(*problem_, sequence_)) return enter_next_row_block();
+    item_line_ += item_.size();
+    if (++head_ == problem_->num_heads_kv) {
+      head_ = 0;
+      do {
+        enter_next_sequence();
+      } while (tiles_per_head_ == 0);
+    }
+    // The first row blocks may see nothing and have no tile.
+    row_block_ = num_empty_row_blocks(*problem_, sequence_);
+    enter_item();
+  }
+
+  LEANATTN_HD void enter_next_row_block() {
+    item_line_ += item_.size();
+    ++row_block_;
+    enter_item();
+  }
+
+  LEANATTN_HD void enter_item() {
+    keys_ = item_keys(*problem_, sequence_, row_block_);
+    item_ = item_tiles(*problem_, keys_.any);
+  }
+
+  LEANATTN_HD void enter_next_sequence() {
+    position_ = {position_.seq + 1, next_query_begin(*problem_, sequence_), sequence_end()};
+    enter_sequence();
+  }
+
   LEANATTN_HD void enter_sequence() {
     sequence_ = load_sequence(*problem_, position_.seq, position_.query_begin);
     tiles_per_head_ = tiles_per_head(*problem_, sequence_);
   }
 
+  LEANATTN_HD int sequence_end() const {
+    return position_.line + problem_->num_heads_kv * tiles_per_head_;
+  }
+
   const Problem* problem_;
-  Position position_;
+  Position position_;  // of the sequence, and what it is:
   Sequence sequence_;
   int tiles_per_head_;
+  int head_;  // of the item, and what it is:
+  int row_block_;
+  ItemKeys keys_;
+  TileRange item_;
+  int item_line_;
   int next_;  // on the line
   int end_;
 };

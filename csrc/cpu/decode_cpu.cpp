@@ -129,7 +129,8 @@ class CpuDecode {
   }
 
   // One row's online softmax over keys [begin, end): dot products become probabilities. Scores stay in
-  // double until the maximum is off them, for then only small differences count.
+  // double until the maximum is off them, for then only small differences count; but where fp32's
+  // steps are so wide that the fp32 maximum could be far from the largest score, in fp32.
   void softmax(RowStates& states, int row, const QueryRow& r, const Segment& segment, int begin,
                int end, double* scores, float* probabilities) const {
     const float slope =
@@ -140,6 +141,7 @@ class CpuDecode {
     for (int key = begin; key < end; ++key) {
       double& score = scores[key - begin];
       score = score_log2(params_, score, slope, std::abs(r.position - key));
+      if (std::fabs(score) > 1e6) score = static_cast<float>(score);
       new_max = std::fmax(new_max, static_cast<float>(score));
     }
     states.rescale(row, new_max);

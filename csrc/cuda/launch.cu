@@ -84,9 +84,7 @@ struct MapShape {
   int64_t stride_elements[3];   // tokens, heads, batch
 };
 
-constexpr int kBoxTokensLog2 = 5;
-
-bool encode(const MapShape& shape, ElementType type, CUtensorMap& map) {
+bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& map) {
   constexpr cuuint64_t kMaxStride = cuuint64_t{1} << 40;
   cuuint64_t stride_bytes[3];
   for (int i = 0; i < 3; ++i) {
@@ -97,7 +95,7 @@ bool encode(const MapShape& shape, ElementType type, CUtensorMap& map) {
       return false;
     }
   }
-  const cuuint32_t box[4] = {64, 1 << kBoxTokensLog2, 1, 1};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
   const CUtensorMapDataType data_type = type == ElementType::kFloat16
                                             ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -125,9 +123,11 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
                    {extent(params.head_dim_v), extent(problem.capacity),
                     extent(problem.num_heads_kv), extent(problem.batch)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
-  maps.box_tokens_log2 = kBoxTokensLog2;
-  maps.usable =
-      encode(k, params.element_type, maps.k) && encode(v, params.element_type, maps.v);
+  const auto encode_both = [&](const MapShape& shape, CacheMaps& cache_maps) {
+    return encode(shape, params.element_type, 1 << problem.tile_tokens_log2, cache_maps.tile) &&
+           encode(shape, params.element_type, 1 << kBoxRowsLog2, cache_maps.rows);
+  };
+  maps.usable = encode_both(k, maps.k) && encode_both(v, maps.v);
   return maps;
 }
 

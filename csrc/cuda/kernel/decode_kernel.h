@@ -60,6 +60,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     tasks.init(lane);
 #if __CUDA_ARCH__ >= 900
     cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
+    if (lane == 0 && maps.usable) {
+      cute::prefetch_tma_descriptor(&maps.k.tile);
+      cute::prefetch_tma_descriptor(&maps.v.tile);
+    }
 #endif
   }
   const int unit = blockIdx.x;
@@ -69,7 +73,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (is_producer) {
     const SegmentWalker walker(params.problem, place.shares, unit, place.start);
     if (maps.usable) {
-      produce(params, maps, place.shares, walker, TmaLoader<Traits>{maps.box_tokens_log2}, ring,
+      produce(params, maps, place.shares, walker, TmaLoader<Traits>{}, ring,
               tasks);
     } else {
       produce(params, maps, place.shares, walker, CpAsyncLoader<Traits>{}, ring, tasks);

@@ -14,19 +14,26 @@
 
 namespace leanattn {
 
-// Tensor maps of K and V, [B, Hkv, S, 64 of D] from the outermost dimension; boxes of box_tokens
-// rows of 64 elements, 128-byte swizzle.
+// Tensor maps of K or V, [B, Hkv, S, 64 of D] from the outermost dimension, 128-byte swizzle. A copy
+// costs its issuer about 100 cycles whatever its size, so whole tiles have a map of their own; the
+// small boxes are for tiles that are not seen as a whole.
+struct CacheMaps {
+  CUtensorMap tile;  // boxes of a tile's tokens
+  CUtensorMap rows;  // boxes of 1 << kBoxRowsLog2 tokens
+};
+
+constexpr int kBoxRowsLog2 = 5;
+
 struct TensorMaps {
-  CUtensorMap k;
-  CUtensorMap v;
-  int box_tokens_log2;
+  CacheMaps k;
+  CacheMaps v;
   bool usable;
 };
 
 // One of K or V, as the loaders see it.
 template <class Element>
 struct CacheView {
-  const CUtensorMap* map;
+  const CacheMaps* maps;
   const Element* data;  // [B, S, Hkv, head_dim]
   int64_t batch_stride, seq_stride, head_stride;
   int head_dim;
@@ -43,7 +50,6 @@ __device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, in
 template <class Traits>
 struct TmaLoader {
   static constexpr int kArrivals = 1;
-  int box_tokens_log2;
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
@@ -51,16 +57,19 @@ struct TmaLoader {
 #if __CUDA_ARCH__ >= 900
     if (threadIdx.x % 32 != 0) return;
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
-    const int box_tokens = 1 << box_tokens_log2;
-    const int first = rows.begin & -box_tokens;
-    const int boxes =
-        ((rows.end - first + box_tokens - 1) >> box_tokens_log2) * Traits::kColumnBlocks;
-    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(ring.full_barrier(),
-                                                                   boxes * box_tokens * 128);
-    for (int row = first; row < rows.end; row += box_tokens) {
+    const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
+    const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
+    const int box_rows = whole ? Traits::kTile : 1 << kBoxRowsLog2;
+    const int first = rows.begin >> kBoxRowsLog2 << kBoxRowsLog2;
+    const int last = (rows.end + box_rows - 1) & -box_rows;
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+        ring.full_barrier(), (last - first) * 128 * Traits::kColumnBlocks);
+#pragma unroll 1
+    for (int row = first; row < last; row += box_rows) {
+#pragma unroll
       for (int block = 0; block < Traits::kColumnBlocks; ++block) {
         cute::SM90_TMA_LOAD_4D::copy(
-            cache.map, ring.full_barrier(),
+            map, ring.full_barrier(),
             static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
             ring.stage_smem() + block * (Traits::kTile * 128) + row * 128, block * 64,
             tile_token + row, segment.head, segment.seq);
