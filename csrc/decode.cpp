@@ -7,7 +7,6 @@
 #include <limits>
 #include <vector>
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -15,6 +14,7 @@
 #include "params.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda_stream.h"
 #endif
@@ -402,7 +402,7 @@ void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
 #ifdef LEANATTN_WITH_CUDA
 void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
   const int device = a.q.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   const cudaStream_t stream = current_cuda_stream(device);
   Problem& problem = p.problem;
   int64_t rows = int64_t{problem.seqlen_q} * problem.group_size;

@@ -1,8 +1,7 @@
 #include "device_ops.h"
 
-#include <torch/csrc/stable/accelerator.h>
-
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda_stream.h"
 #endif
@@ -23,7 +22,7 @@ std::string build_info() { return LEANATTN_VERSION ";" LEANATTN_ARCHS; }
 #ifdef LEANATTN_WITH_CUDA
 
 void warmup(int64_t device_index) {
-  const torch::stable::accelerator::DeviceGuard guard(static_cast<int>(device_index));
+  const DeviceGuard guard(static_cast<int>(device_index));
   warm_up(static_cast<int>(device_index));
 }
 
@@ -45,7 +44,7 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
   check.same_device(sink, "sink", a);
   check.dtype(sink, "sink", ScalarType::Int);
   const int device = a.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   launch_read_floor(a.const_data_ptr(), a.numel() * a.element_size(), b.const_data_ptr(),
                     b.numel() * b.element_size(), static_cast<int*>(sink.mutable_data_ptr()), device,
                     current_cuda_stream(device));

@@ -8,6 +8,7 @@
 
 #include "../params.h"
 #include "kernel/loaders.h"
+#include "launch.h"
 
 namespace leanattn {
 
@@ -22,9 +23,6 @@ struct KernelSetup {
 };
 
 [[noreturn]] void throw_error(const std::string& message);
-
-// Throws with the name of the failed call.
-void check_cuda(cudaError_t status, const char* call);
 
 // The tensor maps of K and V, or unusable ones where the bulk tensor copies cannot be used: strides
 // that a tensor map cannot hold, an empty cache, an old driver, or LEANATTN_LOADER=cp_async.

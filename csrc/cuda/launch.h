@@ -9,6 +9,9 @@
 
 namespace leanattn {
 
+// Throws with the name of the failed call.
+void check_cuda(cudaError_t status, const char* call);
+
 // What a launch depends on, of a device; asked for once a device.
 struct DeviceLimits {
   int num_sms;

@@ -2,7 +2,7 @@
 // chunks of 16 KiB through a ring in shared memory by bulk copies; consumers touch each chunk once.
 // Below sm_90, plain 16-byte loads, which come within 2% of it.
 #include "host_util.h"
-#include "kernel/ptx.h"
+#include "kernel/ring.h"
 #include "launch.h"
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -16,71 +16,76 @@ constexpr int kStages = 8;
 constexpr int kConsumers = 128;
 constexpr int kThreads = kConsumers + 32;
 
-struct Chunk {
-  const uint8_t* data;
-  int bytes;  // a multiple of 16
+// Chunk `index` of a, then of b; the last chunk of each may be shorter.
+struct Chunks {
+  const uint8_t* a;
+  const uint8_t* b;
+  int64_t bytes_a, bytes_b;
+  int count_a, count;
+
+  __device__ const uint8_t* data(int index) const {
+    return index < count_a ? a + int64_t{index} * kChunkBytes
+                           : b + int64_t{index - count_a} * kChunkBytes;
+  }
+  __device__ int bytes(int index) const {
+    const int64_t left = index < count_a ? bytes_a - int64_t{index} * kChunkBytes
+                                         : bytes_b - int64_t{index - count_a} * kChunkBytes;
+    return static_cast<int>(min_of<int64_t>(kChunkBytes, left));
+  }
 };
 
-__device__ Chunk chunk_of(int64_t index, const uint8_t* a, int64_t bytes_a, const uint8_t* b,
-                          int64_t bytes_b) {
-  const int64_t chunks_a = ceil_div<int64_t>(bytes_a, kChunkBytes);
-  if (index >= chunks_a) {
-    index -= chunks_a;
-    a = b;
-    bytes_a = bytes_b;
-  }
-  const int64_t begin = index * kChunkBytes;
-  return {a + begin, static_cast<int>(min_of<int64_t>(kChunkBytes, bytes_a - begin))};
-}
-
-__global__ void __launch_bounds__(kThreads, 1)
-    read_floor_kernel(const uint8_t* a, int64_t bytes_a, const uint8_t* b, int64_t bytes_b,
-                      int* sink) {
-  const int64_t chunks =
-      ceil_div<int64_t>(bytes_a, kChunkBytes) + ceil_div<int64_t>(bytes_b, kChunkBytes);
-  uint32_t seen = 0;
 #if __CUDA_ARCH__ >= 900
+__device__ uint32_t stream_chunks(const Chunks& chunks) {
   extern __shared__ __align__(128) uint8_t ring_smem[];  // [kStages][kChunkBytes]
   __shared__ uint64_t full[kStages], empty[kStages];
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      ptx::mbarrier_init(&full[stage], 1);
-      ptx::mbarrier_init(&empty[stage], kConsumers / 32);
-    }
+  if (threadIdx.x < kStages) {
+    ptx::mbarrier_init(&full[threadIdx.x], 1);
+    ptx::mbarrier_init(&empty[threadIdx.x], kConsumers / 32);
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();  // the barriers are initialised
-  int round = 0;
-  for (int64_t index = blockIdx.x; index < chunks; index += gridDim.x, ++round) {
-    const int stage = round % kStages;
-    const uint32_t phase = round / kStages % 2;
-    const Chunk chunk = chunk_of(index, a, bytes_a, b, bytes_b);
-    uint8_t* stage_smem = ring_smem + stage * kChunkBytes;
-    if (threadIdx.x == kConsumers) {
-      ptx::mbarrier_wait_parity(&empty[stage], phase ^ 1);
-      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(&full[stage], chunk.bytes);
-      cute::SM90_BULK_COPY_G2S::copy(chunk.data, &full[stage], stage_smem, chunk.bytes);
-    } else if (threadIdx.x < kConsumers) {
-      ptx::mbarrier_wait_parity(&full[stage], phase);
-      if (threadIdx.x * 16 < chunk.bytes) {
-        seen ^= *reinterpret_cast<const uint32_t*>(stage_smem + threadIdx.x * 16);
-      }
+  uint32_t seen = 0;
+  RingPosition position;
+  if (threadIdx.x == kConsumers) {
+    for (int index = blockIdx.x; index < chunks.count; index += gridDim.x) {
+      const int bytes = chunks.bytes(index);
+      uint64_t* full_barrier = &full[position.stage];
+      ptx::mbarrier_wait_parity(&empty[position.stage], position.phase ^ 1);
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, bytes);
+      cute::SM90_BULK_COPY_G2S::copy(chunks.data(index), full_barrier,
+                                     ring_smem + position.stage * kChunkBytes, bytes);
+      position.advance(kStages);
+    }
+  } else if (threadIdx.x < kConsumers) {
+    for (int index = blockIdx.x; index < chunks.count; index += gridDim.x) {
+      ptx::mbarrier_wait_parity(&full[position.stage], position.phase);
+      seen ^= *reinterpret_cast<const uint32_t*>(ring_smem + position.stage * kChunkBytes +
+                                                 threadIdx.x * 16);
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[stage]);
+      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty[position.stage]);
+      position.advance(kStages);
     }
   }
+  return seen;
+}
 #else
-  for (int64_t index = blockIdx.x; index < chunks; index += gridDim.x) {
-    const Chunk chunk = chunk_of(index, a, bytes_a, b, bytes_b);
+__device__ uint32_t stream_chunks(const Chunks& chunks) {
+  uint32_t seen = 0;
+  for (int index = blockIdx.x; index < chunks.count; index += gridDim.x) {
+    const int bytes = chunks.bytes(index);
 #pragma unroll 8
-    for (int byte = threadIdx.x * 16; byte < chunk.bytes; byte += kThreads * 16) {
-      const uint4 x = __ldcs(reinterpret_cast<const uint4*>(chunk.data + byte));
+    for (int byte = threadIdx.x * 16; byte < bytes; byte += kThreads * 16) {
+      const uint4 x = __ldcs(reinterpret_cast<const uint4*>(chunks.data(index) + byte));
       seen ^= x.x ^ x.y ^ x.z ^ x.w;
     }
   }
+  return seen;
+}
 #endif
+
+__global__ void __launch_bounds__(kThreads) read_floor_kernel(Chunks chunks, int* sink) {
   // Never true in practice, but the compiler cannot know, so the loads stay.
-  if (seen == 0x9e3779b9u) *sink = 1;
+  if (stream_chunks(chunks) == 0x9e3779b9u) *sink = 1;
 }
 
 }  // namespace
@@ -94,8 +99,12 @@ void launch_read_floor(const void* a, int64_t bytes_a, const void* b, int64_t by
   check_cuda(cudaFuncSetAttribute(read_floor_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   shared_bytes),
              "cudaFuncSetAttribute");
-  read_floor_kernel<<<grid, kThreads, shared_bytes, stream>>>(
-      static_cast<const uint8_t*>(a), bytes_a, static_cast<const uint8_t*>(b), bytes_b, sink);
+  const auto count = [](int64_t bytes) {
+    return static_cast<int>(ceil_div<int64_t>(bytes, kChunkBytes));
+  };
+  const Chunks chunks{static_cast<const uint8_t*>(a), static_cast<const uint8_t*>(b), bytes_a,
+                      bytes_b, count(bytes_a), count(bytes_a) + count(bytes_b)};
+  read_floor_kernel<<<grid, kThreads, shared_bytes, stream>>>(chunks, sink);
   check_cuda(cudaGetLastError(), "read_floor_kernel");
 }
 
