@@ -463,24 +463,23 @@ def test_second_gpu_from_a_fresh_thread(device, loader):
     """Tensors decide the device, not the thread's current one, which stays as it was."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    expected = run(make_case("cpu", torch.float16, lengths=(900, 33), heads=(8, 2)))
-    case = {
-        name: value.to("cuda:1")
-        for name, value in make_case("cpu", torch.float16, lengths=(900, 33), heads=(8, 2)).items()
-    }
+    on_cpu = make_case("cpu", torch.float16, lengths=(900, 33), heads=(8, 2))
+    case = {name: value.to("cuda:1") for name, value in on_cpu.items()}
     seen = {}
 
     def work():
-        seen["result"] = check(case)
+        seen["result"] = run(case)
         seen["current"] = torch.cuda.current_device()
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen["current"] == 0
-    assert seen["result"][0].device == torch.device("cuda:1")
-    torch.testing.assert_close(seen["result"][1].cpu(), expected[1], rtol=2e-5, atol=2e-5)
-    assert_same_bits(run(case)[0], seen["result"][0])
+    out, lse = seen["result"]
+    assert out.device == torch.device("cuda:1")
+    # On the CPU: torch.ldexp, which the gate needs, is wrong on a second GPU in torch 2.11.
+    assert_close(out.cpu(), lse.cpu(), **on_cpu)
+    assert_same_bits(run(case)[0], out)
 
 
 @pytest.mark.gpu
