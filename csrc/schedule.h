@@ -100,7 +100,9 @@ LEANATTN_HD int num_rows(const Problem& p, const Sequence& s) {
 }
 
 LEANATTN_HD int num_row_blocks(const Problem& p, const Sequence& s) {
-  return (num_rows(p, s) + p.rows_per_item - 1) / p.rows_per_item;
+  // Not rounded up by adding first: there may be almost 2^31 rows.
+  const int rows = num_rows(p, s);
+  return rows == 0 ? 0 : (rows - 1) / p.rows_per_item + 1;
 }
 
 // --- One item ----------------------------------------------------------------------------------

@@ -1,0 +1,246 @@
+// The headers that the kernels include, as a Python module for the tests: schedule, softmax state and
+// mask, function by function, with nothing computed here.
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "fast_divisor.h"
+#include "params.h"
+#include "schedule_host.h"
+
+namespace py = pybind11;
+using namespace leanattn;
+
+namespace {
+
+using Lengths = std::optional<py::array_t<int32_t, 0>>;
+using State = SoftmaxState<4>;
+
+// The arrays are not copied: whoever makes a Problem keeps them alive, and their strides count.
+Problem make_problem(const Lengths& cache_seqlens, const Lengths& cu_seqlens_q, int batch,
+                     int num_heads_kv, int group_size, int seqlen_q, int total_q, int capacity,
+                     int tile_tokens_log2, int rows_per_item, int window_left, int window_right) {
+  const auto data = [](const Lengths& x) { return x ? x->data() : nullptr; };
+  const auto stride = [](const Lengths& x) -> int64_t { return x ? x->strides(0) / 4 : 0; };
+  return {data(cache_seqlens),
+          stride(cache_seqlens),
+          data(cu_seqlens_q),
+          stride(cu_seqlens_q),
+          batch,
+          num_heads_kv,
+          group_size,
+          seqlen_q,
+          total_q,
+          capacity,
+          tile_tokens_log2,
+          rows_per_item,
+          {window_left, window_right}};
+}
+
+// A segment and everything that the headers say of it.
+struct Row {
+  int32_t unit, seq, head, row_block, tile_begin, tile_end, item_begin, item_end, item_line;
+  int32_t any_begin, any_end, all_begin, all_end, length, query_begin, num_queries;
+  int32_t first_unit, last_unit, slot, counter_of_unit, counter_of_item;
+  int64_t partial;
+  bool whole;
+};
+
+Row row_of(const Problem& problem, const Shares& shares, const Segment& s, int unit) {
+  const Participants units = participants(shares, s);
+  DecodeParams params{};
+  params.problem = problem;
+  Row row{};
+  row.unit = unit;
+  row.seq = s.seq;
+  row.head = s.head;
+  row.row_block = s.row_block;
+  row.tile_begin = s.tile_begin;
+  row.tile_end = s.tile_end;
+  row.item_begin = s.item.begin;
+  row.item_end = s.item.end;
+  row.item_line = s.item_line;
+  row.any_begin = s.keys.any.begin;
+  row.any_end = s.keys.any.end;
+  row.all_begin = s.keys.all.begin;
+  row.all_end = s.keys.all.end;
+  row.length = s.sequence.length;
+  row.query_begin = s.sequence.query_begin;
+  row.num_queries = s.sequence.num_queries;
+  row.first_unit = units.first;
+  row.last_unit = units.last;
+  row.slot = partial_slot(shares, s, unit);
+  row.counter_of_unit = counter_index(params, s, units.first);
+  params.counter_per_item = true;
+  row.counter_of_item = counter_index(params, s, units.first);
+  row.partial = partial_index(shares, s, unit);
+  row.whole = s.is_whole();
+  return row;
+}
+
+py::array_t<Row> to_numpy(const std::vector<Row>& rows) {
+  return py::array_t<Row>(static_cast<py::ssize_t>(rows.size()), rows.data());
+}
+
+void append(std::vector<Row>& rows, SegmentWalker walker, const Problem& problem,
+            const Shares& shares, int unit) {
+  for (Segment segment; walker.next(segment);) {
+    rows.push_back(row_of(problem, shares, segment, unit));
+  }
+}
+
+// The segments of all units, from the places that the host finds.
+py::array_t<Row> table(const Problem& problem, const HostLine& line) {
+  std::vector<Row> rows;
+  for (int unit = 0; unit < line.shares().num_units; ++unit) {
+    append(rows, line.walk(unit), problem, line.shares(), unit);
+  }
+  return to_numpy(rows);
+}
+
+py::array_t<Row> walk(const Problem& problem, const HostLine& line, int unit) {
+  std::vector<Row> rows;
+  append(rows, line.walk(unit), problem, line.shares(), unit);
+  return to_numpy(rows);
+}
+
+// The segments of a unit, from any place at or before its share.
+py::array_t<Row> walk_from(const Problem& problem, const Shares& shares, int unit, int seq,
+                           int query_begin, int line) {
+  std::vector<Row> rows;
+  append(rows, SegmentWalker(problem, shares, unit, {seq, query_begin, line}), problem, shares,
+         unit);
+  return to_numpy(rows);
+}
+
+// The same from the place that a uniform batch's division finds.
+py::array_t<Row> walk_uniform(const Problem& problem, const UniformLine& line, int unit) {
+  const Position start = line.start(unit);
+  return walk_from(problem, line.shares, unit, start.seq, start.query_begin, start.line);
+}
+
+// For each unfinished segment of a unit: where it would look for the partials, were it the last.
+std::vector<std::vector<int64_t>> partials_to_merge(const HostLine& line, int unit) {
+  std::vector<std::vector<int64_t>> partials;
+  SegmentWalker walker = line.walk(unit);
+  for (Segment segment; walker.next(segment);) {
+    if (segment.is_whole()) continue;
+    partials.emplace_back();
+    const Participants units = participants(line.shares(), segment);
+    for (int other = units.first; other <= units.last; ++other) {
+      partials.back().push_back(partial_index(line.shares(), segment, other));
+    }
+  }
+  return partials;
+}
+
+template <int n>
+void merge_states(State& state, const std::vector<State>& others) {
+  State array[n];
+  for (int i = 0; i < n; ++i) array[i] = others[i];
+  state.merge(array);
+}
+
+void merge(State& state, const std::vector<State>& others) {
+  switch (others.size()) {
+    case 1:
+      return merge_states<1>(state, others);
+    case 2:
+      return merge_states<2>(state, others);
+    case 3:
+      return merge_states<3>(state, others);
+    case 8:
+      return merge_states<8>(state, others);
+    default:
+      throw std::invalid_argument("merges 1, 2, 3 or 8 states at once");
+  }
+}
+
+py::tuple pair(const KeyRange& keys) { return py::make_tuple(keys.begin, keys.end); }
+
+}  // namespace
+
+PYBIND11_MODULE(headers, m) {
+  PYBIND11_NUMPY_DTYPE(Row, unit, seq, head, row_block, tile_begin, tile_end, item_begin, item_end,
+                       item_line, any_begin, any_end, all_begin, all_end, length, query_begin,
+                       num_queries, first_unit, last_unit, slot, counter_of_unit, counter_of_item,
+                       partial, whole);
+
+  // mask.h
+  m.def("visible_keys", [](int window_left, int window_right, int length, int position) {
+    return pair(visible_keys({window_left, window_right}, length, position));
+  });
+  m.def("contains", [](int begin, int end, int key) { return KeyRange{begin, end}.contains(key); });
+
+  // schedule.h and params.h
+  py::class_<Problem>(m, "Problem")
+      .def(py::init(&make_problem), py::kw_only(), py::arg("cache_seqlens").noconvert(),
+           py::arg("cu_seqlens_q").noconvert(), py::arg("batch"), py::arg("num_heads_kv"),
+           py::arg("group_size"), py::arg("seqlen_q"), py::arg("total_q"), py::arg("capacity"),
+           py::arg("tile_tokens_log2"), py::arg("rows_per_item"), py::arg("window_left"),
+           py::arg("window_right"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>());
+  py::class_<Sequence>(m, "Sequence")
+      .def_readonly("length", &Sequence::length)
+      .def_readonly("query_begin", &Sequence::query_begin)
+      .def_readonly("num_queries", &Sequence::num_queries);
+  py::class_<Shares>(m, "Shares")
+      .def_readonly("num_tiles", &Shares::num_tiles)
+      .def_readonly("num_units", &Shares::num_units)
+      .def("begin", &Shares::begin)
+      .def("end", &Shares::end)
+      .def("unit_of", &Shares::unit_of);
+  py::class_<HostLine>(m, "HostLine")
+      .def(py::init<const Problem&, int>(), py::keep_alive<1, 2>())
+      .def_property_readonly("shares", &HostLine::shares)
+      .def_property_readonly("query_end", &HostLine::query_end)
+      .def("sequence", &HostLine::sequence);
+  py::class_<UniformLine>(m, "UniformLine")
+      .def(py::init(&make_uniform_line))
+      .def_readonly("shares", &UniformLine::shares)
+      .def_readonly("any_empty", &UniformLine::any_empty);
+  m.def("divide", [](int n, int divisor) {
+    const FastDivisor d(divisor);
+    return py::make_tuple(n / d, n % d);
+  });
+  m.def("tile_tokens_log2_for", &tile_tokens_log2_for);
+  m.def("first_query_row", &first_query_row);
+  m.def("load_sequence", &load_sequence);
+  m.def("num_row_blocks", &num_row_blocks);
+  m.def("item_rows", &item_rows);
+  m.def("item_keys", [](const Problem& problem, const Sequence& sequence, int row_block) {
+    const ItemKeys keys = item_keys(problem, sequence, row_block);
+    return py::make_tuple(pair(keys.any), pair(keys.all), keys.alike());
+  });
+  m.def("num_empty_row_blocks", &num_empty_row_blocks);
+  m.def("has_empty_items", &has_empty_items);
+  m.def("tiles_per_head", &tiles_per_head);
+  m.def("max_tiles", &max_tiles);
+  m.def("make_shares", &make_shares);
+  m.def("table", &table);
+  m.def("walk", &walk);
+  m.def("walk_from", &walk_from);
+  m.def("walk_uniform", &walk_uniform);
+  m.def("partials_to_merge", &partials_to_merge);
+
+  // softmax_state.h
+  py::class_<State>(m, "State")
+      .def(py::init<>())
+      .def_readwrite("max", &State::max)
+      .def_readwrite("sum", &State::sum)
+      .def_property(
+          "o", [](const State& s) { return std::vector<float>(s.o, s.o + 4); },
+          [](State& s, const std::vector<float>& o) {
+            for (int d = 0; d < 4; ++d) s.o[d] = o.at(d);
+          })
+      .def("merge", &merge)
+      .def("merge_sink", &State::merge_sink);
+  m.def("lse_of", &lse_of);
+  m.def("inverse_of", &inverse_of);
+  m.def("exponent_base", &exponent_base);
+  m.def("rescale_factor", &rescale_factor);
+}
