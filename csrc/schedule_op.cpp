@@ -53,6 +53,10 @@ Tensor schedule(Tensor cache_seqlens, int64_t num_heads_kv, int64_t group_size, 
   problem.num_heads_kv = in_range(num_heads_kv, "num_heads_kv", 1, kMax);
   problem.group_size = in_range(group_size, "group_size", 1, kMax);
   problem.seqlen_q = in_range(seqlen_q, "seqlen_q", 0, kMax);
+  // As decode does: rows are counted in int.
+  const int64_t queries = cu_seqlens_q ? problem.total_q : seqlen_q;
+  check.require(queries * group_size <= kMax, "group_size", "times ", queries,
+                " queries must be at most ", kMax, " rows, got ", queries * group_size);
   problem.capacity = in_range(capacity, "capacity", 0, kMax);
   problem.tile_tokens_log2 = tile_tokens_log2_for(in_range(head_dim, "head_dim", 8, 256));
   problem.rows_per_item = in_range(rows_per_item, "rows_per_item", 1, kMax);

@@ -1,5 +1,5 @@
-// The headers that the kernels include, as a Python module for the tests: schedule, softmax state and
-// mask, function by function, with nothing computed here.
+// The headers that the kernels include, as a Python module for the tests: schedule, softmax state
+// and mask, function by function, with nothing computed here.
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
