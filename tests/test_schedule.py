@@ -710,5 +710,6 @@ def test_the_op_gives_the_same_table(headers, case, units, head_dim):
 
 def test_op_refuses_more_rows_than_an_int_counts():
     """2^31 query rows or more must not wrap around to an empty table."""
+    lengths = torch.from_numpy(int32([5]))
     with pytest.raises(RuntimeError, match="group_size.*10000000000"):
-        torch.ops.leanattn.schedule(torch.from_numpy(int32([5])), 1, 100_000, 100, 64, 3, 64, 100_000)
+        torch.ops.leanattn.schedule(lengths, 1, 100_000, 100, 64, 3, 64, 100_000)
