@@ -97,8 +97,9 @@ class MainLoop {
       const int token = tile * Traits::kTile + place_.slice * Traits::kSliceTokens;
       const KeyRange any = segment.keys.any;
       const KeyRange all = segment.keys.all;
-      const bool nothing = token >= any.end || token + Traits::kSliceTokens <= any.begin;
-      const bool everything = token >= all.begin && token + Traits::kSliceTokens <= all.end;
+      // Subtracted, since token + kSliceTokens may be 2^31.
+      const bool nothing = token >= any.end || any.begin - token >= Traits::kSliceTokens;
+      const bool everything = token >= all.begin && all.end - token >= Traits::kSliceTokens;
       if (nothing) {
         // A warp with nothing to do still follows the ring: its arrival must not count for an
         // earlier round.

@@ -48,6 +48,8 @@ class Ring {
   // phase of parity 1, so that the first round does not wait.
   __device__ __forceinline__ void wait_empty() const {
     ptx::mbarrier_wait_parity(&smem_.empty[position_.stage], position_.phase ^ 1);
+    // No lane may fall a whole round behind the one that copies: it would wait for a phase long gone.
+    __syncwarp();
   }
 
   // Consumer: until the copy has landed; the wait acquires what the copy wrote.
