@@ -2,14 +2,17 @@
 // the CPU implementation or to the launcher.
 #include "decode.h"
 
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <string_view>
 #include <vector>
 
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cost_model.h"
 #include "cpu/decode_cpu.h"
 #include "params.h"
 #include "value_checks.h"
@@ -35,11 +38,11 @@ struct Arguments {
   OptionalTensor counters;
 };
 
-#define LEANATTN_PACK_ARGUMENTS                                                                    \
-  Arguments {                                                                                      \
-    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, softmax_scale,    \
-        causal, window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale,         \
-        batch_invariant, counters                                                                  \
+#define LEANATTN_PACK_ARGUMENTS                                                                 \
+  Arguments {                                                                                   \
+    q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, softmax_scale, \
+        causal, window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale,      \
+        batch_invariant, counters                                                               \
   }
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
@@ -136,8 +139,8 @@ void check_shapes(const Checker& check, const Arguments& a) {
   check.shape(a.v_cache, "v_cache", "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
               {batch, a.k_cache.size(1), heads_kv, head_dim_v});
   check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
-  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q",
-                "must have a multiple of k_cache's ", heads_kv, " heads, got ", heads_q);
+  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q", "must have a multiple of k_cache's ",
+                heads_kv, " heads, got ", heads_q);
   check.require(a.k_cache.size(1) <= kMaxInt && batch <= kMaxInt, "k_cache",
                 "must have fewer than 2^31 sequences and tokens each, got shape ",
                 shape_string(a.k_cache));
@@ -208,8 +211,8 @@ void check_out(const Checker& check, const Arguments& a, const Tensor& out,
   std::vector<int64_t> shape(a.q.sizes().begin(), a.q.sizes().end());
   const auto check_shape = [&](const Tensor& t, const char* name, const char* text) {
     const auto sizes = t.sizes();
-    const bool equal = sizes.size() == shape.size() &&
-                       std::equal(shape.begin(), shape.end(), sizes.begin());
+    const bool equal =
+        sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
     check.require(equal, name, "must have shape ", text, " = ", list_string(shape), ", got ",
                   shape_string(t));
     for (int64_t i = 0; i < t.dim(); ++i) {
@@ -327,40 +330,63 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
   return p;
 }
 
-// LEANATTN_NUM_UNITS forces the number of units, for tests.
-int choose_units(const Checker& check, const Problem& problem, int available) {
+// The number that an environment variable holds behind `prefix`, or 0 where it is not set.
+int forced_number(const Checker& check, const char* variable, std::string_view text) {
+  int number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  check.require(
+      error == std::errc{} && end == text.data() + text.size() && number >= 1 && number <= 65536,
+      variable, "must hold a number from 1 to 65536, got '", text, "'");
+  return number;
+}
+
+std::string_view environment(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text ? text : "";
+}
+
+Layout stream_k_layout(const Checker& check, const Problem& problem, int available) {
+  const std::string_view forced = environment("LEANATTN_NUM_UNITS");
+  const int units = forced.empty()
+                        ? static_cast<int>(std::clamp<int64_t>(max_tiles(problem), 1, available))
+                        : forced_number(check, "LEANATTN_NUM_UNITS", forced);
+  return {units, 0, 1, 0};
+}
+
+void set_rows_per_item(Problem& problem, int rows) {
+  problem.rows_per_item = rows;
+  problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
+}
+
+void check_tiles(const Checker& check, const Problem& problem) {
   check.require(max_tiles(problem) <= kMaxTiles, "k_cache", "must hold at most ", kMaxTiles,
                 " tiles of ", 1 << problem.tile_tokens_log2, " tokens over all heads, got ",
                 max_tiles(problem));
-  if (const char* text = std::getenv("LEANATTN_NUM_UNITS"); text && *text) {
-    char* end = nullptr;
-    const long forced = std::strtol(text, &end, 10);
-    check.require(*end == 0 && forced >= 1 && forced <= 65536, "LEANATTN_NUM_UNITS",
-                  "must be a number from 1 to 65536, got '", text, "'");
-    return static_cast<int>(forced);
-  }
-  return static_cast<int>(std::clamp<int64_t>(max_tiles(problem), 1, available));
 }
 
 // --- Workspace -----------------------------------------------------------------------------------
 
 int64_t round_up(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
 
-// Counters, stats and o of the partials, in one allocation.
+// Counters, stats and o of the partials, in one allocation; none where no partial goes through it.
 struct Workspace {
-  Tensor memory;
+  std::optional<Tensor> memory;
   int num_counters;
   bool owns_counters;
 };
 
+// Whether the layout, whatever the lengths are, merges in registers and shared memory alone.
+bool stays_on_chip(const DecodeParams& p) {
+  const bool teams_for_sure = has_teams(p.layout) && (p.is_uniform || p.problem.batch == 1);
+  return teams_for_sure && (p.is_clustered || p.layout.team_size == 1);
+}
+
 Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams& p) {
   const Problem& problem = p.problem;
   // See counter_index: with few items, each has its own counter.
-  int64_t num_counters = p.max_units;
+  int64_t num_counters = p.layout.num_units;
   if (!problem.cu_seqlens_q) {
-    const int64_t items = int64_t{problem.batch} * problem.num_heads_kv *
-                          ceil_div<int64_t>(int64_t{problem.seqlen_q} * problem.group_size,
-                                            problem.rows_per_item);
+    const int64_t items = int64_t{problem.batch} * problem.num_heads_kv * problem.row_blocks;
     p.counter_per_item = items <= num_counters;
     num_counters = std::min(num_counters, items);
   }
@@ -368,14 +394,15 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
     check.require(a.counters->numel() >= num_counters, "counters", "must have at least ",
                   num_counters, " elements for this call, got ", a.counters->numel());
   }
-  const int64_t rows = int64_t{p.max_units} * 2 * problem.rows_per_item;
+  if (stays_on_chip(p)) return {std::nullopt, 0, false};
+  const int64_t rows = int64_t{p.layout.num_units} * 2 * problem.rows_per_item;
   const int64_t counter_bytes = a.counters ? 0 : round_up(num_counters * 4);
   const int64_t stats_bytes = round_up(rows * 2 * 4);
   const int64_t o_bytes = rows * p.head_dim_v * 4;
-  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes}, ScalarType::Byte,
-                                           std::nullopt, a.q.device()),
+  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes},
+                                           ScalarType::Byte, std::nullopt, a.q.device()),
                       static_cast<int>(num_counters), !a.counters};
-  char* memory = static_cast<char*>(workspace.memory.mutable_data_ptr());
+  char* memory = static_cast<char*>(workspace.memory->mutable_data_ptr());
   p.counters = a.counters ? static_cast<int32_t*>(a.counters->mutable_data_ptr())
                           : reinterpret_cast<int32_t*>(memory);
   p.partial_stats = reinterpret_cast<float*>(memory + counter_bytes);
@@ -387,9 +414,9 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
 
 void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
   // As many rows as a query tile of the largest kernel: K is converted once for all of them.
-  p.problem.rows_per_item = 64;
-  p.max_units =
-      choose_units(check, p.problem, static_cast<int>(torch::stable::get_num_threads()));
+  set_rows_per_item(p.problem, 64);
+  check_tiles(check, p.problem);
+  p.layout = stream_k_layout(check, p.problem, static_cast<int>(torch::stable::get_num_threads()));
   const Workspace workspace = make_workspace(check, a, p);
   check_values(check, p.problem, a.max_seqlen_q);
   decode_cpu(p, [](int64_t n, const std::function<void(int64_t)>& body) {
@@ -400,6 +427,55 @@ void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
 }
 
 #ifdef LEANATTN_WITH_CUDA
+// The items, taken to be as long as the cache where only the device knows their lengths.
+Items items_of(const DecodeParams& p) {
+  Problem problem = p.problem;
+  problem.cache_seqlens = nullptr;
+  const int tiles = tiles_per_head(problem, load_sequence(problem, 0, 0));
+  return {num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
+          static_cast<double>(int64_t{p.head_dim + p.head_dim_v} * 2 << problem.tile_tokens_log2),
+          static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
+}
+
+// The layout that LEANATTN_LAYOUT names, for tests and the sweep of bench/tune.py.
+LayoutChoice forced_layout(const Checker& check, const Items& items, const Machine& machine,
+                           std::string_view name) {
+  if (name == "stream_k") return stream_k(items, machine);
+  const bool clustered = name.starts_with("clusters:");
+  check.require(clustered || name.starts_with("teams:"), "LEANATTN_LAYOUT",
+                "must be 'stream_k', 'teams:N' or 'clusters:N', got '", name, "'");
+  const int size = forced_number(check, "LEANATTN_LAYOUT", name.substr(name.find(':') + 1));
+  check.require(!clustered || (size >= 2 && size <= kMaxClusterSize && machine.max_clusters[size]),
+                "LEANATTN_LAYOUT", "must name clusters of 2 to ", kMaxClusterSize,
+                " CTAs on a GPU that has them, got '", name, "'");
+  LayoutChoice choice = teams(items, machine, size, clustered);
+  choice.layout.slack_tiles = 1 << 30;  // whatever the lengths are
+  return choice;
+}
+
+void plan_layout(const Checker& check, DecodeParams& p, int device) {
+  const Problem& problem = p.problem;
+  const Machine machine = machine_for(p, device);
+  p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
+  p.layout = stream_k_layout(check, problem, machine.num_sms);
+  // Teams need as many items in every sequence.
+  if (!problem.cu_seqlens_q && environment("LEANATTN_NUM_UNITS").empty()) {
+    const Items items = items_of(p);
+    const std::string_view forced = environment("LEANATTN_LAYOUT");
+    LayoutChoice choice = forced.empty() ? choose_layout(items, machine)
+                                         : forced_layout(check, items, machine, forced);
+    if (has_teams(choice.layout) && !p.is_uniform && problem.batch > 1) {
+      // The device may fall back on stream-K, which wants all SMs.
+      const int size = choice.layout.team_size;
+      const int fit = choice.is_clustered ? machine.max_clusters[size] : machine.num_sms / size;
+      choice.layout.num_units = max_of(choice.layout.num_units, fit * size);
+    }
+    p.layout = choice.layout;
+    p.is_clustered = choice.is_clustered;
+  }
+  if (p.is_uniform) p.uniform = make_uniform_line(problem, p.layout.num_units);
+}
+
 void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
   const int device = a.q.get_device_index();
   const DeviceGuard guard(device);
@@ -410,10 +486,9 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
     // What a sequence has on average; the lengths themselves are on the device.
     rows = ceil_div<int64_t>(problem.total_q, std::max(problem.batch, 1)) * problem.group_size;
   }
-  problem.rows_per_item = rows_per_item_for(rows);
-  p.max_units = choose_units(check, problem, device_limits(device).num_sms);
-  p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
-  if (p.is_uniform) p.uniform = make_uniform_line(problem, p.max_units);
+  set_rows_per_item(problem, rows_per_item_for(rows));
+  check_tiles(check, problem);
+  plan_layout(check, p, device);
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, problem, a.max_seqlen_q, stream);
   launch_decode(p, workspace.num_counters, workspace.owns_counters, device, stream);

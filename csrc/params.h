@@ -18,7 +18,9 @@ struct DecodeParams {
   int head_dim_v;            // Dv
   int num_heads_q;
   Problem problem;  // lengths, mask, shape of the schedule
+  Layout layout;
   bool is_uniform;  // no lengths in device memory: `uniform` holds
+  bool is_clustered;  // a team is a cluster of CTAs and merges in distributed shared memory
   UniformLine uniform;
 
   // With cu_seqlens_q, B is 1 and Sq is total_q here: the batch stride of q, out and lse is 0.
@@ -40,10 +42,10 @@ struct DecodeParams {
   const float* sinks;  // [Hq]
   int64_t sinks_stride;
 
-  // The fixup's memory. Slot 0 or 1 of a unit holds at most one partial: see schedule.h.
-  int max_units;
-  float* partial_o;       // [max_units, 2, rows_per_item, Dv]
-  float* partial_stats;   // [max_units, 2, rows_per_item, 2]: max, sum
+  // The fixup's memory. Slot 0 or 1 of a unit holds at most one partial: see schedule.h. All null
+  // where the layout leaves no partials in global memory.
+  float* partial_o;       // [layout.num_units, 2, rows_per_item, Dv]
+  float* partial_stats;   // [layout.num_units, 2, rows_per_item, 2]: max, sum
   int32_t* counters;      // tickets, zero before and after; see counter_index
   bool counter_per_item;  // one counter an item instead of one a unit
 };
@@ -59,11 +61,6 @@ LEANATTN_HD int64_t out_offset(const DecodeParams& p, int seq, int query_row, in
 
 LEANATTN_HD int64_t lse_offset(const DecodeParams& p, int seq, int query_row, int head) {
   return seq * p.lse_batch_stride + query_row * p.lse_seq_stride + head * p.lse_head_stride;
-}
-
-// Index of a partial: times rows_per_item * Dv into partial_o, times rows_per_item * 2 into stats.
-LEANATTN_HD int64_t partial_index(const Shares& shares, const Segment& segment, int unit) {
-  return int64_t{unit} * 2 + partial_slot(shares, segment, unit);
 }
 
 // The counter of an item that several units share. An item is known by the unit that it begins in:

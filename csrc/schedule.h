@@ -12,8 +12,12 @@
 //
 // So a unit has at most two segments that do not hold their whole item: its first and its last.
 // Those leave a partial (an unfinished softmax state) and the fixup merges an item's partials in the
-// order of its units. A unit is one CTA, one CPU thread's turn, or a cluster of CTAs: nothing here
-// depends on which. (Stream-K: arXiv 2301.03598, section 4; LeanAttention: arXiv 2405.10480, IV-C.)
+// order of its units. A unit is one CTA, or one CPU thread's turn: nothing here depends on which.
+// (Stream-K: arXiv 2301.03598, section 4; LeanAttention: arXiv 2405.10480, IV-C.)
+//
+// Where items are alike, no cut need cross the border of an item: the units form teams, and either a
+// team of several units takes one item, or a unit alone takes some whole ones. See Layout, and
+// cost_model.h for when.
 //
 // Items that see no key have no tile; nobody's share holds them and their rows are filled apart.
 //
@@ -33,7 +37,8 @@ namespace leanattn {
 // depend on nothing else.
 LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) { return head_dim <= 128 ? 7 : 6; }
 
-constexpr int64_t kMaxTiles = INT32_MAX;
+// Less than INT32_MAX, which stands for the end of a share that is not counted in tiles.
+constexpr int64_t kMaxTiles = INT32_MAX - 1;
 
 // What the schedule depends on.
 struct Problem {
@@ -44,11 +49,12 @@ struct Problem {
   int batch;
   FastDivisor num_heads_kv;
   FastDivisor group_size;  // query heads a KV head
-  int seqlen_q;    // queries a sequence, without cu_seqlens_q
-  int total_q;     // query rows in all, with cu_seqlens_q
-  int capacity;    // tokens that a sequence can hold
+  int seqlen_q;            // queries a sequence, without cu_seqlens_q
+  int total_q;             // query rows in all, with cu_seqlens_q
+  int capacity;            // tokens that a sequence can hold
   int tile_tokens_log2;
   FastDivisor rows_per_item;  // packed query rows (queries x group_size) that an item holds at most
+  FastDivisor row_blocks;  // items a sequence and KV head, without cu_seqlens_q; see row_blocks_of
   Mask mask;
 };
 
@@ -65,6 +71,12 @@ struct TileRange {
 
   LEANATTN_HD int size() const { return end - begin; }
 };
+
+// row_blocks of a Problem; a divisor cannot be 0.
+LEANATTN_HD int row_blocks_of(int seqlen_q, int group_size, int rows_per_item) {
+  return max_of(1,
+                static_cast<int>(ceil_div<int64_t>(int64_t{seqlen_q} * group_size, rows_per_item)));
+}
 
 // --- One sequence ------------------------------------------------------------------------------
 
@@ -169,36 +181,59 @@ LEANATTN_HD int tiles_per_head(const Problem& p, const Sequence& s) {
 // most kMaxTiles; all else counts tiles in int.
 LEANATTN_HD int64_t max_tiles(const Problem& p) {
   const int64_t tiles_per_item = ceil_div<int64_t>(p.capacity, 1 << p.tile_tokens_log2);
-  int64_t row_blocks = p.batch * ceil_div<int64_t>(int64_t{p.seqlen_q} * p.group_size,
-                                                   p.rows_per_item);
+  int64_t row_blocks =
+      p.batch * ceil_div<int64_t>(int64_t{p.seqlen_q} * p.group_size, p.rows_per_item);
   if (p.cu_seqlens_q) {
     row_blocks = p.batch + ceil_div<int64_t>(int64_t{p.total_q} * p.group_size, p.rows_per_item);
   }
   return row_blocks * p.num_heads_kv * tiles_per_item;
 }
 
-// --- The line and its shares -------------------------------------------------------------------
+// --- Who takes what ----------------------------------------------------------------------------
 
+// How a launch lays the items on its units. Units team * team_size + rank form a team.
+struct Layout {
+  int num_units;
+  // 0: stream-K, equal shares of the whole line for all units. Else the items that a team takes;
+  // one, where it has several units: they share it out evenly.
+  int items_per_team;
+  FastDivisor team_size;
+  // Of a team's largest share over stream-K's, in tiles, that teams are still worth; for where only
+  // the device knows the lengths, and so whether the items are alike.
+  int slack_tiles;
+};
+
+LEANATTN_HD bool has_teams(const Layout& layout) { return layout.items_per_team > 0; }
+
+LEANATTN_HD int num_items(const Problem& p) { return p.batch * p.num_heads_kv * p.row_blocks; }
+
+// Equal shares of a stretch of the line for a run of neighbouring units.
 struct Shares {
-  int num_tiles;    // on the whole line
-  int num_units;    // that get a share; the others idle
+  int num_tiles;  // of the stretch
+  int first_unit;
+  int num_units;    // that get a share; any others idle
   int small_share;  // tiles; the first `num_larger` units get one more
   int num_larger;
 
-  LEANATTN_HD int begin(int unit) const { return unit * small_share + min_of(unit, num_larger); }
+  // In tiles from the start of the stretch.
+  LEANATTN_HD int begin(int unit) const {
+    return (unit - first_unit) * small_share + min_of(unit - first_unit, num_larger);
+  }
   LEANATTN_HD int end(int unit) const { return begin(unit + 1); }
   // The inverse of begin: the unit whose share holds `tile`.
   LEANATTN_HD int unit_of(int tile) const {
     const int in_larger = num_larger * (small_share + 1);
-    return tile < in_larger ? tile / (small_share + 1)
-                            : num_larger + (tile - in_larger) / small_share;
+    return first_unit + (tile < in_larger ? tile / (small_share + 1)
+                                          : num_larger + (tile - in_larger) / small_share);
   }
+  LEANATTN_HD bool is_idle(int unit) const { return unit >= first_unit + num_units; }
 };
 
-LEANATTN_HD Shares make_shares(int num_tiles, int max_units) {
-  const int num_units = min_of(max_units, num_tiles);
-  if (num_units == 0) return {};
-  return {num_tiles, num_units, num_tiles / num_units, num_tiles % num_units};
+template <class Int>
+LEANATTN_HD Shares make_shares(int num_tiles, Int max_units, int first_unit = 0) {
+  if (num_tiles < max_units) return {num_tiles, first_unit, num_tiles, 1, 0};
+  const int small_share = num_tiles / max_units;
+  return {num_tiles, first_unit, max_units, small_share, num_tiles - small_share * max_units};
 }
 
 // Where a sequence begins: on the line, and in the packed queries.
@@ -223,32 +258,37 @@ struct Segment {
   LEANATTN_HD bool is_whole() const { return tile_begin == item.begin && tile_end == item.end; }
 };
 
-// The units that share an item, [first, last] both inclusive.
+// The units that share an item, [first, last] both inclusive, and where their partials are.
 struct Participants {
   int first;
   int last;
+  int first_slot;
 
   LEANATTN_HD int count() const { return last - first + 1; }
+  // Index of a unit's partial. A unit has two slots: 0 for the item that its share begins in, 1 for
+  // any other, which can only be one that begins in its share.
+  LEANATTN_HD int64_t partial_index(int unit) const {
+    return int64_t{unit} * 2 + (unit == first ? first_slot : 0);
+  }
 };
 
 LEANATTN_HD Participants participants(const Shares& shares, const Segment& segment) {
-  return {shares.unit_of(segment.item_line),
-          shares.unit_of(segment.item_line + segment.item.size() - 1)};
-}
-
-// A unit has two slots for partials: 0 for the item that its share begins in, 1 for any other.
-LEANATTN_HD int partial_slot(const Shares& shares, const Segment& segment, int unit) {
-  return shares.begin(unit) >= segment.item_line ? 0 : 1;
+  const int first = shares.unit_of(segment.item_line);
+  return {first, shares.unit_of(segment.item_line + segment.item.size() - 1),
+          shares.begin(first) < segment.item_line ? 1 : 0};
 }
 
 // Where all sequences are alike, what the host can work out ahead of the kernel.
 struct UniformLine {
-  Shares shares;
+  bool one_row_block;  // then all items are alike, and these hold for each:
+  TileRange item;
+  ItemKeys keys;
+  Shares shares;  // for stream-K
   FastDivisor tiles_per_sequence;
   bool any_empty;
 
   LEANATTN_HD Position start(int unit) const {
-    const int line = unit < shares.num_units ? shares.begin(unit) : 0;
+    const int line = shares.is_idle(unit) ? 0 : shares.begin(unit);
     const int seq = line / tiles_per_sequence;
     return {seq, 0, seq * tiles_per_sequence};
   }
@@ -257,27 +297,69 @@ struct UniformLine {
 inline UniformLine make_uniform_line(const Problem& problem, int max_units) {
   const Sequence sequence = load_sequence(problem, 0, 0);
   const int tiles = problem.num_heads_kv * tiles_per_head(problem, sequence);
-  return {make_shares(problem.batch * tiles, max_units), FastDivisor(max_of(tiles, 1)),
-          has_empty_items(problem, sequence)};
+  UniformLine line{};
+  line.one_row_block = problem.row_blocks == 1;
+  if (line.one_row_block) {
+    line.keys = item_keys(problem, sequence, 0);
+    line.item = item_tiles(problem, line.keys.any);
+  }
+  line.shares = make_shares(problem.batch * tiles, max_units);
+  line.tiles_per_sequence = FastDivisor(max_of(tiles, 1));
+  line.any_empty = has_empty_items(problem, sequence);
+  return line;
 }
 
-// Walks the segments of one unit, in line order. `start` is the position of the sequence that holds
-// the first tile of the unit's share, or of one before it.
+// Walks the segments of one unit, in line order. With `uniform`, nothing is read from memory and
+// little is computed: the first copy of a launch waits for this.
 class SegmentWalker {
  public:
+  // Stream-K: the unit's share of the whole line. `start` is the position of the sequence that holds
+  // the first tile of the share, or of one before it.
   LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
-                            const Position& start)
-      : problem_(&problem), position_(start) {
-    const bool idle = unit >= shares.num_units;
+                            const Position& start, const UniformLine* uniform = nullptr)
+      : problem_(&problem), uniform_(uniform), in_team_(false), shares_(shares), position_(start) {
+    const bool idle = shares.is_idle(unit);
     next_ = idle ? 0 : shares.begin(unit);
     end_ = idle ? 0 : shares.end(unit);
+    items_left_ = INT32_MAX;
     if (next_ < end_) seek();
+  }
+
+  // Teams: the unit's part of its team's items. The line starts at the team's first item.
+  LEANATTN_HD SegmentWalker(const Problem& problem, const Layout& layout, int unit,
+                            const UniformLine* uniform = nullptr)
+      : problem_(&problem), uniform_(uniform), in_team_(true) {
+    const int team = unit / layout.team_size;
+    const int first_item = team * layout.items_per_team;
+    items_left_ = min_of(num_items(problem) - first_item, layout.items_per_team);
+    next_ = 0;
+    end_ = 0;
+    if (items_left_ <= 0) return;
+    const int head = first_item / problem.row_blocks;  // over all sequences
+    row_block_ = first_item - head * problem.row_blocks;
+    position_ = {head / problem.num_heads_kv, 0, 0};
+    head_ = head - position_.seq * problem.num_heads_kv;
+    sequence_ = load_sequence(problem, position_.seq, 0);
+    item_line_ = 0;
+    enter_item();
+    if (layout.team_size == 1) {
+      end_ = INT32_MAX;  // items_left_ tells when the share is done
+      return;
+    }
+    shares_ = make_shares(item_.size(), layout.team_size, team * layout.team_size);
+    if (shares_.is_idle(unit)) return;
+    next_ = shares_.begin(unit);
+    end_ = shares_.end(unit);
   }
 
   // Fills in the next segment; false when the share is done.
   LEANATTN_HD bool next(Segment& segment) {
     if (next_ >= end_) return false;
-    if (next_ == item_line_ + item_.size()) enter_next_item();
+    LEANATTN_KEEP_ROLLED
+    while (next_ == item_line_ + item_.size()) {
+      if (--items_left_ == 0) return false;
+      enter_next_item();
+    }
     segment.seq = position_.seq;
     segment.head = head_;
     segment.row_block = row_block_;
@@ -286,10 +368,14 @@ class SegmentWalker {
     segment.item = item_;
     segment.item_line = item_line_;
     segment.tile_begin = item_.begin + (next_ - item_line_);
-    segment.tile_end = min_of(item_.end, segment.tile_begin + (end_ - next_));
-    next_ += segment.tile_end - segment.tile_begin;
+    const int tiles = min_of(item_.end - segment.tile_begin, end_ - next_);
+    segment.tile_end = segment.tile_begin + tiles;
+    next_ += tiles;
     return true;
   }
+
+  // For the segments that do not hold their whole item.
+  LEANATTN_HD const Shares& shares() const { return shares_; }
 
  private:
   // To the item that holds tile `next_`. The only division of a walk.
@@ -305,17 +391,18 @@ class SegmentWalker {
     while (next_ >= item_line_ + item_.size()) enter_next_row_block();
   }
 
+  // It may have no tile.
   LEANATTN_HD void enter_next_item() {
     if (row_block_ + 1 < num_row_blocks(*problem_, sequence_)) return enter_next_row_block();
     item_line_ += item_.size();
+    row_block_ = 0;
     if (++head_ == problem_->num_heads_kv) {
       head_ = 0;
+      // Stream-K has no tiles in sequences without any; a team counts their items.
       do {
         enter_next_sequence();
-      } while (tiles_per_head_ == 0);
+      } while (!in_team_ && tiles_per_head_ == 0);
     }
-    // The first row blocks may see nothing and have no tile.
-    row_block_ = num_empty_row_blocks(*problem_, sequence_);
     enter_item();
   }
 
@@ -326,6 +413,11 @@ class SegmentWalker {
   }
 
   LEANATTN_HD void enter_item() {
+    if (is_alike()) {
+      keys_ = uniform_->keys;
+      item_ = uniform_->item;
+      return;
+    }
     keys_ = item_keys(*problem_, sequence_, row_block_);
     item_ = item_tiles(*problem_, keys_.any);
   }
@@ -337,23 +429,30 @@ class SegmentWalker {
 
   LEANATTN_HD void enter_sequence() {
     sequence_ = load_sequence(*problem_, position_.seq, position_.query_begin);
-    tiles_per_head_ = tiles_per_head(*problem_, sequence_);
+    if (in_team_) return;
+    tiles_per_head_ = is_alike() ? uniform_->item.size() : tiles_per_head(*problem_, sequence_);
   }
 
   LEANATTN_HD int sequence_end() const {
     return position_.line + problem_->num_heads_kv * tiles_per_head_;
   }
 
+  LEANATTN_HD bool is_alike() const { return uniform_ && uniform_->one_row_block; }
+
   const Problem* problem_;
+  const UniformLine* uniform_;  // null: the sequences differ
+  bool in_team_;
+  Shares shares_;
   Position position_;  // of the sequence, and what it is:
   Sequence sequence_;
-  int tiles_per_head_;
-  int head_;  // of the item, and what it is:
+  int tiles_per_head_ = 0;  // for stream-K
+  int head_;                // of the item, and what it is:
   int row_block_;
   ItemKeys keys_;
   TileRange item_;
   int item_line_;
-  int next_;  // on the line
+  int items_left_;  // this one included
+  int next_;        // on the line
   int end_;
 };
 

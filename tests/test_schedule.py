@@ -378,6 +378,66 @@ def test_the_walk_is_the_same_from_any_earlier_sequence(headers, case, units):
                 assert np.array_equal(walked, expected)
 
 
+@st.composite
+def team_layouts(draw):
+    """A case without ragged queries, the items a team takes, and the units of a team."""
+    case = draw(cases().filter(lambda c: c["cu_seqlens_q"] is None and c["seqlen_q"] > 0))
+    team_size = draw(st.sampled_from([1, 2, 3, 4, 5, 8]))
+    items_per_team = draw(st.sampled_from([1, 2, 3, 7])) if team_size == 1 else 1
+    return case, items_per_team, team_size
+
+
+def items_in_order(case):
+    """Every item, those without tiles too."""
+    blocks = -(-case["seqlen_q"] * case["group_size"] // case["rows_per_item"])
+    return [
+        (seq, head, block)
+        for seq in range(case["batch"])
+        for head in range(case["num_heads_kv"])
+        for block in range(blocks)
+    ]
+
+
+@examples
+@given(team_layouts(), st.sampled_from([0, 1, 5]))
+def test_a_team_shares_out_its_items_alone(headers, layout, idle_teams):
+    case, items_per_team, team_size = layout
+    items = items_in_order(case)
+    num_teams = -(-len(items) // items_per_team)
+    units = (num_teams + idle_teams) * team_size
+    problem = make_problem(headers, case)
+    table = headers.walk_teams(problem, headers.Layout(units, items_per_team, team_size), False)
+    assert expand(table) == expected_line(case)
+    for segment in table:
+        assert items.index(item_of(segment)) // items_per_team == segment["unit"] // team_size
+    if team_size == 1:
+        assert table["whole"].all()
+    if case["cache_seqlens"] is None:
+        uniform = headers.walk_teams(
+            problem, headers.Layout(units, items_per_team, team_size), True
+        )
+        # Shares count from the team's first item, without the host's help or with it.
+        assert np.array_equal(table, uniform)
+
+
+@examples
+@given(team_layouts())
+def test_a_team_is_evenly_loaded_and_its_partials_have_places(headers, layout):
+    case, items_per_team, team_size = layout
+    assume(team_size > 1)
+    num_teams = len(items_in_order(case))
+    layout = headers.Layout(num_teams * team_size, 1, team_size)
+    table = headers.walk_teams(make_problem(headers, case), layout, False)
+    for item in {item_of(s) for s in table}:
+        segments = [s for s in table if item_of(s) == item]
+        tiles = [s["tile_end"] - s["tile_begin"] for s in segments]
+        assert max(tiles) - min(tiles) <= 1
+        assert len(segments) == min(team_size, segments[0]["item_end"] - segments[0]["item_begin"])
+        units = [s["unit"] for s in segments]
+        assert units == [*range(segments[0]["first_unit"], segments[0]["last_unit"] + 1)]
+        assert len({s["partial"] for s in segments}) == len(segments)
+
+
 @examples
 @given(cases(), UNITS)
 def test_a_uniform_batch_needs_no_walk_to_its_places(headers, case, units):

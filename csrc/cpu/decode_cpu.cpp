@@ -55,7 +55,7 @@ class CpuDecode {
       : params_(params),
         problem_(params.problem),
         parallel_for_(parallel_for),
-        line_(params.problem, params.max_units) {}
+        line_(params.problem, params.layout.num_units) {}
 
   void run() {
     const int units = line_.shares().num_units;
@@ -185,8 +185,8 @@ class CpuDecode {
   // --- Fixup ---
 
   void store_partial(const Segment& segment, int unit, const RowStates& states) const {
-    const int64_t slot =
-        partial_index(line_.shares(), segment, unit) * problem_.rows_per_item;
+    const int64_t slot = participants(line_.shares(), segment).partial_index(unit) *
+                         problem_.rows_per_item;
     for (int row = 0; row < rows_of(segment); ++row) {
       params_.partial_stats[(slot + row) * 2] = states.max[row];
       params_.partial_stats[(slot + row) * 2 + 1] = states.sum[row];
@@ -199,8 +199,7 @@ class CpuDecode {
     RowStates states(rows_of(segment), params_.head_dim_v);
     const Participants units = participants(line_.shares(), segment);
     for (int unit = units.first; unit <= units.last; ++unit) {
-      const int64_t slot =
-          partial_index(line_.shares(), segment, unit) * problem_.rows_per_item;
+      const int64_t slot = units.partial_index(unit) * problem_.rows_per_item;
       for (int row = 0; row < rows_of(segment); ++row) {
         const float* stats = params_.partial_stats + (slot + row) * 2;
         states.merge(row, stats[0], stats[1], params_.partial_o + (slot + row) * params_.head_dim_v);

@@ -1,11 +1,13 @@
 // Host helpers of the launcher: error checks and tensor maps.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <string>
 
 #include <cuda_runtime.h>
 
+#include "../cost_model.h"
 #include "../params.h"
 #include "kernel/loaders.h"
 #include "launch.h"
@@ -20,6 +22,29 @@ struct KernelSetup {
   bool has_tma = false;  // false also where compute_80 PTX was compiled for a newer device
   int num_stages = 0;
   int shared_memory_bytes = 0;
+  std::array<int, kMaxClusterSize + 1> max_clusters{};  // that run at once, by CTAs a cluster
+};
+
+// A launch's configuration and what it points to.
+struct LaunchConfig {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  LaunchConfig(const KernelSetup& setup, int grid, int cluster_size, int threads,
+               cudaStream_t stream) {
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = setup.shared_memory_bytes;
+    config.stream = stream;
+    if (cluster_size == 1) return;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster_size;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // it points into itself
 };
 
 [[noreturn]] void throw_error(const std::string& message);

@@ -17,7 +17,7 @@ namespace leanattn {
 template <class Traits>
 const KernelSetup& setup_kernel(int device);
 template <class Traits>
-void launch_kernel(const DecodeParams& params, int grid, int device, cudaStream_t stream);
+void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream);
 
 void throw_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -40,6 +40,9 @@ const DeviceLimits& device_limits(int device) {
     limits[device].shared_memory_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     limits[device].capability =
         ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor);
+    // Two transfers a clock, which is in kHz.
+    limits[device].bytes_per_us = 2.0 * ask(cudaDevAttrMemoryClockRate) * 1e-3 *
+                                  ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
   });
   return limits[device];
 }
@@ -167,8 +170,17 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
   }
   dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v),
            params.problem.rows_per_item, [&]<class Traits>() {
-             launch_kernel<Traits>(params, params.max_units, device, stream);
+             launch_kernel<Traits>(params, device, stream);
            });
+}
+
+Machine machine_for(const DecodeParams& params, int device) {
+  Machine machine{device_limits(device).num_sms, device_limits(device).bytes_per_us, {}};
+  dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v),
+           params.problem.rows_per_item, [&]<class Traits>() {
+             machine.max_clusters = setup_kernel<Traits>(device).max_clusters;
+           });
+  return machine;
 }
 
 void warm_up(int device) {

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../cost_model.h"
 #include "../params.h"
 
 namespace leanattn {
@@ -17,12 +18,16 @@ struct DeviceLimits {
   int num_sms;
   int shared_memory_bytes;  // a CTA may have
   int capability;           // 90 for 9.0
+  double bytes_per_us;      // of its memory, by its clock and width
 };
 
 const DeviceLimits& device_limits(int device);
 
 // Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible.
 int rows_per_item_for(int64_t rows);
+
+// What the layout of a launch depends on; params: types and head dims.
+Machine machine_for(const DecodeParams& params, int device);
 
 // Launches on `stream` of the current device `device`. `zero_counters`: clear params.counters first.
 // LEANATTN_LOADER=cp_async keeps the bulk tensor copies from being used. Throws std::runtime_error.

@@ -34,27 +34,33 @@ const KernelSetup& setup_kernel(int device) {
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   setup.shared_memory_bytes),
              "cudaFuncSetAttribute");
+  // A cluster's partials need room in the ring.
+  if (setup.has_tma && num_stages >= Traits::kMinStages) {
+    for (int size = 2; size <= kMaxClusterSize; ++size) {
+      const LaunchConfig launch(setup, size, size, Traits::kThreads, nullptr);
+      check_cuda(cudaOccupancyMaxActiveClusters(&setup.max_clusters[size], kernel, &launch.config),
+                 "cudaOccupancyMaxActiveClusters");
+    }
+  }
   setup.done.store(true, std::memory_order_release);
   return setup;
 }
 
-// grid: CTAs, one a unit.
+// One CTA a unit.
 template <class Traits>
-void launch_kernel(const DecodeParams& params, int grid, int device, cudaStream_t stream) {
+void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) {
   const KernelSetup& setup = setup_kernel<Traits>(device);
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(Traits::kThreads);
-  config.dynamicSmemBytes = setup.shared_memory_bytes;
-  config.stream = stream;
-  check_cuda(cudaLaunchKernelEx(&config, decode_kernel<Traits>, params, maps, setup.num_stages),
-             "cudaLaunchKernelEx");
+  const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
+  const LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
+  check_cuda(
+      cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, setup.num_stages),
+      "cudaLaunchKernelEx");
 }
 
 #define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                             \
   template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows>>(int);           \
-  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int, int, \
+  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int,   \
                                                                       cudaStream_t);
 
 }  // namespace leanattn

@@ -9,6 +9,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cost_model.h"
 #include "fast_divisor.h"
 #include "params.h"
 #include "schedule_host.h"
@@ -39,6 +40,7 @@ Problem make_problem(const Lengths& cache_seqlens, const Lengths& cu_seqlens_q, 
           capacity,
           tile_tokens_log2,
           rows_per_item,
+          row_blocks_of(seqlen_q, group_size, rows_per_item),
           {window_left, window_right}};
 }
 
@@ -74,11 +76,11 @@ Row row_of(const Problem& problem, const Shares& shares, const Segment& s, int u
   row.num_queries = s.sequence.num_queries;
   row.first_unit = units.first;
   row.last_unit = units.last;
-  row.slot = partial_slot(shares, s, unit);
+  row.slot = static_cast<int>(units.partial_index(unit) % 2);
   row.counter_of_unit = counter_index(params, s, units.first);
   params.counter_per_item = true;
   row.counter_of_item = counter_index(params, s, units.first);
-  row.partial = partial_index(shares, s, unit);
+  row.partial = units.partial_index(unit);
   row.whole = s.is_whole();
   return row;
 }
@@ -124,6 +126,19 @@ py::array_t<Row> walk_uniform(const Problem& problem, const UniformLine& line, i
   return walk_from(problem, line.shares, unit, start.seq, start.query_begin, start.line);
 }
 
+// The segments of all units of a layout with teams; `uniform`: by the host's prepared item.
+py::array_t<Row> walk_teams(const Problem& problem, const Layout& layout, bool uniform) {
+  std::vector<Row> rows;
+  UniformLine line{};
+  if (uniform) line = make_uniform_line(problem, layout.num_units);
+  for (int unit = 0; unit < layout.num_units; ++unit) {
+    SegmentWalker walker(problem, layout, unit, uniform ? &line : nullptr);
+    const Shares shares = walker.shares();
+    append(rows, walker, problem, shares, unit);
+  }
+  return to_numpy(rows);
+}
+
 // For each unfinished segment of a unit: where it would look for the partials, were it the last.
 std::vector<std::vector<int64_t>> partials_to_merge(const HostLine& line, int unit) {
   std::vector<std::vector<int64_t>> partials;
@@ -133,7 +148,7 @@ std::vector<std::vector<int64_t>> partials_to_merge(const HostLine& line, int un
     partials.emplace_back();
     const Participants units = participants(line.shares(), segment);
     for (int other = units.first; other <= units.last; ++other) {
-      partials.back().push_back(partial_index(line.shares(), segment, other));
+      partials.back().push_back(units.partial_index(other));
     }
   }
   return partials;
@@ -220,12 +235,42 @@ PYBIND11_MODULE(headers, m) {
   m.def("has_empty_items", &has_empty_items);
   m.def("tiles_per_head", &tiles_per_head);
   m.def("max_tiles", &max_tiles);
-  m.def("make_shares", &make_shares);
+  m.def("make_shares",
+        [](int num_tiles, int max_units) { return make_shares(num_tiles, max_units); });
   m.def("table", &table);
   m.def("walk", &walk);
   m.def("walk_from", &walk_from);
   m.def("walk_uniform", &walk_uniform);
   m.def("partials_to_merge", &partials_to_merge);
+  py::class_<Layout>(m, "Layout")
+      .def(py::init([](int num_units, int items_per_team, int team_size) {
+        return Layout{num_units, items_per_team, team_size, 0};
+      }))
+      .def_readonly("num_units", &Layout::num_units)
+      .def_readonly("items_per_team", &Layout::items_per_team)
+      .def_property_readonly("team_size", [](const Layout& l) { return int{l.team_size}; })
+      .def_readonly("slack_tiles", &Layout::slack_tiles);
+  m.def("walk_teams", &walk_teams);
+
+  // cost_model.h
+  py::class_<Machine>(m, "Machine")
+      .def(py::init([](int num_sms, double bytes_per_us, const std::vector<int>& max_clusters) {
+        Machine machine{num_sms, bytes_per_us, {}};
+        std::copy(max_clusters.begin(), max_clusters.end(), machine.max_clusters.begin());
+        return machine;
+      }));
+  py::class_<Items>(m, "Items")
+      .def(py::init<int, int, double, double>(), py::arg("count"), py::arg("tiles"),
+           py::arg("tile_bytes"), py::arg("partial_bytes"));
+  py::class_<LayoutChoice>(m, "LayoutChoice")
+      .def_readonly("layout", &LayoutChoice::layout)
+      .def_readonly("is_clustered", &LayoutChoice::is_clustered)
+      .def_readonly("us", &LayoutChoice::us);
+  m.def("stream_k",
+        [](const Items& items, const Machine& machine) { return stream_k(items, machine); });
+  m.def("teams", &teams);
+  m.def("fits", &fits);
+  m.def("choose_layout", &choose_layout);
 
   // softmax_state.h
   py::class_<State>(m, "State")

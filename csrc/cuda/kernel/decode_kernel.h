@@ -1,47 +1,61 @@
-// The kernel, in the order in which things happen. One CTA is one unit: it finds its share of the
-// line, and then the producer warp copies and the consumer warps compute it, segment by segment.
+// The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
+// the producer warp copies and the consumer warps compute it, segment by segment.
 // Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h, mainloop.h,
-// warp_merge.h, fixup.h.
+// warp_merge.h, fixup.h, cluster_fixup.h.
 #pragma once
 
+#include "cluster_fixup.h"
 #include "empty_rows.h"
 #include "fixup.h"
 #include "loaders.h"
 #include "locate.h"
 #include "mainloop.h"
+#include "task_queue.h"
 #include "warp_merge.h"
 
 namespace leanattn {
 
 // The consumer warps' whole life.
 template <class Traits>
-__device__ __forceinline__ void consume(const DecodeParams& params, const Shares& shares, int unit,
-                                        Ring<Traits> ring, TaskQueue<Traits> tasks,
+__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
+                                        int unit, Ring<Traits> ring, TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   const WarpPlace<Traits> place(threadIdx.x / 32);
   MainLoop<Traits> main_loop(params, place);
+  const bool in_cluster = unit_place.in_teams && params.is_clustered;
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
     const Segment& segment = task->segment;
     WarpState<Traits> state;
     main_loop.run(*task, ring, state);
+    const auto merge = [&](const auto& visit) {
+      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, visit);
+    };
     if (segment.is_whole()) {
-      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v,
-                          [&](int row, int dim, const QuadState& merged) {
-                            write_quad<Traits>(params, segment, row, dim, merged);
-                          });
+      merge([&](int row, int dim, const QuadState& merged) {
+        write_quad<Traits>(params, segment, row, dim, merged);
+      });
     } else {
-      const int64_t index = partial_index(shares, segment, unit);
-      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v,
-                          [&](int row, int dim, const QuadState& merged) {
-                            store_partial<Traits>(params, index, row, dim, merged);
-                          });
+      if (in_cluster) {
+        merge([&](int row, int dim, const QuadState& merged) {
+          store_cluster_partial<Traits>(smem, row, dim, merged);
+        });
+      } else {
+        const int64_t index = task->units.partial_index(unit);
+        merge([&](int row, int dim, const QuadState& merged) {
+          store_partial<Traits>(params, index, row, dim, merged);
+        });
+      }
       if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, false};
       ++num_cuts;
     }
     tasks.pop();
   }
-  fix_up<Traits>(params, shares, num_cuts, smem);
+  if (in_cluster) {
+    cluster_fix_up<Traits>(params, unit, num_cuts, smem);
+  } else {
+    fix_up<Traits>(params, num_cuts, smem);
+  }
 }
 
 template <class Traits>
@@ -50,36 +64,47 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                   const __grid_constant__ TensorMaps maps, int num_stages) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(dynamic_smem);
-  const bool is_producer = threadIdx.x >= Traits::kConsumerThreads;
+  const int warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
 
   Ring<Traits> ring(smem, num_stages);
   TaskQueue<Traits> tasks(smem);
-  if (is_producer) {
-    const int lane = threadIdx.x % 32;
-    ring.init(lane, maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
-    tasks.init(lane);
+  if (warp == Traits::kProducerWarp) {
 #if __CUDA_ARCH__ >= 900
-    cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
     if (lane == 0 && maps.usable) {
       cute::prefetch_tma_descriptor(&maps.k.tile);
       cute::prefetch_tma_descriptor(&maps.v.tile);
     }
 #endif
+    ring.init(lane, maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
+#if __CUDA_ARCH__ >= 900
+    cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
+#endif
+    __syncwarp();  // all are initialised before lane 0 copies
+  } else if (warp == Traits::kTaskWarp) {
+    tasks.init(lane);
+    __syncwarp();  // all are initialised before any lane arrives
   }
   const int unit = blockIdx.x;
   const Place place = locate<Traits>(params, unit, smem);
-  __syncthreads();  // the barriers are initialised
 
-  if (is_producer) {
-    const SegmentWalker walker(params.problem, place.shares, unit, place.start);
+  // The consumers wait for the barriers' initialisation; those who did it do not wait for them.
+  if (warp == Traits::kProducerWarp) {
+    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+    const SegmentWalker walker = make_walker(params, place, unit);
     if (maps.usable) {
-      produce(params, maps, place.shares, walker, TmaLoader<Traits>{}, ring,
-              tasks);
+      produce(params, maps, walker, TmaLoader<Traits>{}, ring);
     } else {
-      produce(params, maps, place.shares, walker, CpAsyncLoader<Traits>{}, ring, tasks);
+      produce(params, maps, walker, CpAsyncLoader<Traits>{}, ring);
     }
+  } else if (warp == Traits::kTaskWarp) {
+    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+    SegmentWalker walker = make_walker(params, place, unit);
+    for (Segment segment; walker.next(segment);) tasks.push(params, walker.shares(), segment);
+    tasks.close();
   } else {
-    consume<Traits>(params, place.shares, unit, ring, tasks, smem);
+    ptx::bar_sync(kSetupBarrier, Traits::kThreads);
+    consume<Traits>(params, place, unit, ring, tasks, smem);
   }
   write_empty_rows<Traits>(params, place, smem);
 }

@@ -79,8 +79,8 @@ __device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num
 
 // By all consumer threads of the unit that came last.
 template <class Traits>
-__device__ __forceinline__ void merge_partials(const DecodeParams& params, const Shares& shares,
-                                               const Segment& segment, const Participants& units) {
+__device__ __forceinline__ void merge_partials(const DecodeParams& params, const Segment& segment,
+                                               const Participants& units) {
   constexpr int kInFlight = 8;  // partials that a thread loads at once
   const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
   for_each_quad<Traits>(0, rows, params.head_dim_v, [&](int row, int dim) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
       for (int i = 0; i < kInFlight; ++i) {
         const int unit = first + i;
         if (unit <= units.last) {
-          batch[i] = load_partial<Traits>(params, partial_index(shares, segment, unit), row, dim);
+          batch[i] = load_partial<Traits>(params, units.partial_index(unit), row, dim);
         }
       }
       merged.merge(batch);
@@ -102,13 +102,13 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
 
 // By all consumer threads, when the share is done.
 template <class Traits>
-__device__ __forceinline__ void fix_up(const DecodeParams& params, const Shares& shares, int num_cuts,
+__device__ __forceinline__ void fix_up(const DecodeParams& params, int num_cuts,
                                        typename Traits::SharedStorage& smem) {
   if (num_cuts == 0) return;
   draw_tickets<Traits>(params, num_cuts, smem);
   for (int cut = 0; cut < num_cuts; ++cut) {
     if (!smem.cuts[cut].is_last_to_arrive) continue;
-    merge_partials<Traits>(params, shares, smem.cuts[cut].segment, smem.cuts[cut].units);
+    merge_partials<Traits>(params, smem.cuts[cut].segment, smem.cuts[cut].units);
   }
 }
 

@@ -6,11 +6,11 @@
 
 #include <cuda.h>
 
+#include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
 
 #include "ring.h"
-#include "task_queue.h"
 
 namespace leanattn {
 
@@ -110,13 +110,11 @@ struct CpAsyncLoader {
   }
 };
 
-// The producer warp's whole life: every segment of the unit, K and V of every tile. The first tile's K
-// goes ahead of the task, whose arithmetic can wait.
+// The producer warp's whole life: every segment of the unit, K and V of every tile.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        const Shares& shares, SegmentWalker walker,
-                                        const Loader& loader, Ring<Traits> ring,
-                                        TaskQueue<Traits> tasks) {
+                                        SegmentWalker walker, const Loader& loader,
+                                        Ring<Traits> ring) {
   using Element = typename Traits::Element;
   const CacheView<Element> k{&maps.k,
                              static_cast<const Element*>(params.k),
@@ -137,13 +135,11 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
       ring.wait_empty();
       loader.load(k, segment, tile_token, ring);
       ring.advance();
-      if (tile == segment.tile_begin) tasks.push(params, shares, segment);
       ring.wait_empty();
       loader.load(v, segment, tile_token, ring);
       ring.advance();
     }
   }
-  tasks.close();
 }
 
 }  // namespace leanattn

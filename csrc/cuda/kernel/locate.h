@@ -43,11 +43,23 @@ __device__ __forceinline__ T exclusive_scan(T value, T identity, Op op, T* warps
 }
 
 struct Place {
-  Shares shares;
+  bool in_teams;    // the layout has teams and the items are alike enough for them
+  Shares shares;    // of stream-K
   Position start;   // of the sequence in which this unit's share begins
   int query_end;    // where the last sequence's queries end
-  bool any_empty;   // some sequence has rows that see no key
+  bool any_empty;   // some sequence may have rows that see no key
 };
+
+__device__ __forceinline__ const UniformLine* uniform_line(const DecodeParams& params) {
+  return params.is_uniform ? &params.uniform : nullptr;
+}
+
+__device__ __forceinline__ SegmentWalker make_walker(const DecodeParams& params, const Place& place,
+                                                     int unit) {
+  const UniformLine* uniform = uniform_line(params);
+  if (place.in_teams) return SegmentWalker(params.problem, params.layout, unit, uniform);
+  return SegmentWalker(params.problem, place.shares, unit, place.start, uniform);
+}
 
 // Sequences a thread.
 template <class Traits>
@@ -72,8 +84,21 @@ template <class Traits>
 __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
                                         typename Traits::SharedStorage& smem) {
   const Problem& problem = params.problem;
+  const Layout& layout = params.layout;
+  Place place;
+  place.in_teams = has_teams(layout);
+  place.query_end = 0;
   if (params.is_uniform) {
-    return {params.uniform.shares, params.uniform.start(unit), 0, params.uniform.any_empty};
+    place.any_empty = params.uniform.any_empty;
+    if (!place.in_teams) {
+      place.shares = params.uniform.shares;
+      place.start = params.uniform.start(unit);
+    }
+    return place;
+  }
+  if (place.in_teams && problem.batch == 1) {  // one length: the items are alike
+    place.any_empty = true;
+    return place;
   }
 
   const int stripe = stripe_length<Traits>(problem);
@@ -81,8 +106,6 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   const int last = min_of(first + stripe, problem.batch);
 
   // Clamping an entry of cu_seqlens_q to the one before makes a running maximum of it.
-  Place place;
-  place.query_end = 0;
   int query_begin = 0;
   if (problem.cu_seqlens_q) {
     int largest = first_query_row(problem);
@@ -97,11 +120,14 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   }
 
   int tiles = 0;
+  int longest = 0;  // tiles of an item, or a little more
   int running = query_begin;
   bool empty = false;
   for (int seq = first; seq < last; ++seq) {
     const Sequence sequence = load_sequence(problem, seq, running);
-    tiles += problem.num_heads_kv * tiles_per_head(problem, sequence);
+    const int of_head = tiles_per_head(problem, sequence);
+    tiles += problem.num_heads_kv * of_head;
+    longest = max_of(longest, of_head);
     empty |= has_empty_items(problem, sequence);
     running = next_query_begin(problem, sequence);
   }
@@ -110,8 +136,15 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   position.line = exclusive_scan<Traits::kThreads>(tiles, 0, Sum{}, smem.scan_tiles,
                                                    num_tiles);
 
-  place.shares = make_shares(num_tiles, params.max_units);
-  const int wanted = unit < place.shares.num_units ? place.shares.begin(unit) : -1;
+  place.shares = make_shares(num_tiles, layout.num_units);
+  if (has_teams(layout)) {
+    exclusive_scan<Traits::kThreads>(longest, 0, Max{}, smem.scan_largest, longest);
+    // Row blocks of a sequence are close to alike.
+    const int of_item = ceil_div<int>(longest, problem.row_blocks);
+    const int team_share = ceil_div<int>(of_item * layout.items_per_team, layout.team_size);
+    place.in_teams = team_share <= place.shares.small_share + layout.slack_tiles;
+  }
+  const int wanted = place.shares.is_idle(unit) ? -1 : place.shares.begin(unit);
   if (position.line <= wanted && wanted < position.line + tiles) {
     // The stripe with the unit's first tile: walk it to the sequence.
     position.query_begin = query_begin;

@@ -1,6 +1,6 @@
-// Segments on their way from the producer warp to the consumer warps, each with its q rows. The
-// producer walks the share alone and stays ahead, so that neither the schedule's arithmetic nor the
-// trip for q stands between the consumers and the next tile.
+// Segments on their way from the task warp to the consumer warps, each with its q rows. The task warp
+// stays ahead, so that neither the schedule's arithmetic nor the trip for q stands between the
+// consumers and the next tile.
 #pragma once
 
 #include <cute/arch/copy_sm80.hpp>
@@ -20,13 +20,13 @@ class TaskQueue {
   // By the lanes of one warp, before the CTA's first barrier.
   __device__ __forceinline__ void init(int lane) {
     if (lane < Traits::kTasks) {
-      // Every producer lane when its q has landed, and lane 0 when the rest is written.
+      // Every lane of the task warp when its q has landed, and lane 0 when the rest is written.
       ptx::mbarrier_init(&smem_.task_full[lane], 32 + 1);
       ptx::mbarrier_init(&smem_.task_empty[lane], Traits::kConsumerWarps);
     }
   }
 
-  // Producer warp.
+  // Task warp. `shares`: of the walk that the segment is from.
   __device__ __forceinline__ void push(const DecodeParams& params, const Shares& shares,
                                        const Segment& segment) {
     Task& task = wait_for_room();
@@ -42,7 +42,7 @@ class TaskQueue {
     position_.advance(Traits::kTasks);
   }
 
-  // Producer warp, once, after the last push.
+  // Task warp, once, after the last push.
   __device__ __forceinline__ void close() {
     Task& task = wait_for_room();
     ptx::cp_async_mbarrier_arrive_noinc(&smem_.task_full[position_.stage]);
@@ -70,6 +70,7 @@ class TaskQueue {
   // A fresh barrier counts as just past the phase of parity 1; see Ring.
   __device__ __forceinline__ Task& wait_for_room() const {
     ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
+    __syncwarp();  // no lane may fall a whole round behind: it would wait for a phase long gone
     return smem_.tasks[position_.stage];
   }
 

@@ -1,7 +1,8 @@
 // The compile-time side of the kernel: what one CTA looks like, and its shared memory.
 //
-// A CTA has eight consumer warps and one producer warp. The producer keeps a ring of stages filled,
-// each with one tile of K or of V, in turn. The consumers split a tile's TOKENS into slices, one a
+// A CTA has eight consumer warps, a producer warp and a task warp. The producer keeps a ring of stages
+// filled, each with one tile of K or of V, in turn; the task warp tells the consumers which segments
+// they are of, and brings the segments' q rows. The consumers split a tile's TOKENS into slices, one a
 // warp, and each keeps a softmax state of its own for all query rows; only where a warp's registers
 // cannot hold all rows or all of Dv (64 accumulators a lane) do warps share a slice.
 //
@@ -20,6 +21,10 @@
 
 namespace leanattn {
 
+// The CTA's hardware barriers; 0 is __syncthreads.
+constexpr int kConsumerBarrier = 1;  // among the consumer warps
+constexpr int kSetupBarrier = 2;     // the consumers wait for the other warps' set-up
+
 template <class Element_, int kHeadDim_, int kRows_>
 struct DecodeTraits {
   using Element = Element_;                               // of q, K, V, P and out
@@ -29,7 +34,9 @@ struct DecodeTraits {
 
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumerThreads = kConsumerWarps * 32;
-  static constexpr int kThreads = kConsumerThreads + 32;
+  static constexpr int kProducerWarp = kConsumerWarps;
+  static constexpr int kTaskWarp = kConsumerWarps + 1;
+  static constexpr int kThreads = kConsumerThreads + 64;
 
   // A warp's part of the [tokens, rows, Dv] space.
   static constexpr int kWarpDim = min_of(kHeadDim, 128);
@@ -67,12 +74,12 @@ struct DecodeTraits {
   static constexpr int kMaxStages = 16;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
 
-  // What the producer tells the consumers of one segment.
+  // What the task warp tells the consumers of one segment.
   struct Task {
     alignas(16) uint8_t q[kRows * kQueryPitch];
     Segment segment;
-    int num_rows;  // 0: no more tasks
-    Participants units;
+    int num_rows;        // 0: no more tasks
+    Participants units;  // where the segment does not hold its whole item
   };
 
   // A segment that does not hold its whole item, until the fixup.
@@ -94,11 +101,20 @@ struct DecodeTraits {
     uint64_t task_empty[kTasks];
     int scan_tiles[kThreads / 32];
     int scan_queries[kThreads / 32];
+    int scan_largest[kThreads / 32];
     int stripe_query_begin[kThreads];
     Position start;
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
+
+  // A unit's partial in a cluster, in the ring's first stages, when all have been read.
+  struct ClusterPartial {
+    alignas(16) float o[kRows][kHeadDim];
+    float2 stats[kRows];  // max, sum
+  };
+  static constexpr int kMinStages =
+      max_of<int>(1, (sizeof(ClusterPartial) + kStageBytes - 1) / kStageBytes);
 };
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in an operand of `rows` rows.

@@ -7,10 +7,9 @@
 
 namespace leanattn {
 
-// Barrier 0 is __syncthreads; this one is for the consumer warps alone.
 template <class Traits>
 __device__ __forceinline__ void sync_consumers() {
-  ptx::bar_sync(1, Traits::kConsumerThreads);
+  ptx::bar_sync(kConsumerBarrier, Traits::kConsumerThreads);
 }
 
 // Calls visit(row, dim, state) for every row of the item and every fourth element of Dv. Eight rows
@@ -26,6 +25,7 @@ __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int row = place.row_group * 8 + place.t * 2 + c;
+      if (place.row(n, c) >= num_rows) continue;  // nobody reads it
       if (place.g == 0 && place.dim_group == 0) {
         smem.merge_max[place.slice][row] = state.max[n][c];
         smem.merge_sum[place.slice][row] = state.sum[n][c];

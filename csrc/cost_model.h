@@ -1,0 +1,133 @@
+// Which layout a launch uses: whole items, one item a cluster, or stream-K. All that the choice rests
+// on is here, each constant with what it was measured by; `python -m bench.tune` checks the choice
+// against every other one.
+//
+// Host only, no CUDA. Times in us, as differences between layouts: what all layouts pay is left out.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "schedule.h"
+
+namespace leanattn {
+
+constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters takes
+
+struct Machine {
+  int num_sms;
+  double bytes_per_us;  // of its memory
+  // Clusters of [size] CTAs that run at once; 0 where there are none.
+  std::array<int, kMaxClusterSize + 1> max_clusters;
+};
+
+// What the fixups of one item cost after its last tile. H200, bench/VERSIONS.md.
+constexpr double kStreamKFixupUs = 2.8;  // partials, ticket, merge, and a second segment's start
+constexpr double kTeamFixupUs = 2.2;     // partials, ticket, merge
+constexpr double kClusterFixupUs =
+    0.9;  // a cluster barrier, and reads of distributed shared memory
+constexpr double kMergeBytesPerUs = 60e3;  // of partials, by one CTA
+
+// What part of the memory's speed n of all SMs reach: the read floor at 128 MiB with fewer CTAs
+// (H200: 132 SMs 31.0 us, 120 31.3, 112 31.7, 96 33.7, 64 33.9, 48 34.5, 32 38.6).
+inline double speed_of(int n, const Machine& machine) {
+  constexpr double kPoints[][2] = {{0.00, 0.00}, {0.24, 0.80}, {0.36, 0.90}, {0.48, 0.915},
+                                   {0.73, 0.92}, {0.85, 0.98}, {0.97, 1.00}};
+  const double part = static_cast<double>(n) / machine.num_sms;
+  double speed = 1.0;
+  for (int i = 1; i < 7; ++i) {
+    if (part > kPoints[i][0]) continue;
+    const double along = (part - kPoints[i - 1][0]) / (kPoints[i][0] - kPoints[i - 1][0]);
+    speed = kPoints[i - 1][1] + along * (kPoints[i][1] - kPoints[i - 1][1]);
+    break;
+  }
+  return speed * machine.bytes_per_us;
+}
+
+// `more` units read `larger` bytes each and `others` read `smaller`: together until those are done.
+inline double read_us(const Machine& machine, int more, double larger, int others, double smaller) {
+  double us = 0.0;
+  if (smaller > 0.0) us += (more + others) * smaller / speed_of(more + others, machine);
+  if (more > 0) us += more * (larger - smaller) / speed_of(more, machine);
+  return us;
+}
+
+// The items of a launch, taken to be alike.
+struct Items {
+  int count;
+  int tiles;          // of each
+  double tile_bytes;  // of K and V together
+  double partial_bytes;
+};
+
+struct LayoutChoice {
+  Layout layout;
+  bool is_clustered;
+  double us;
+};
+
+// num_units: 0 for all SMs.
+inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num_units = 0) {
+  if (num_units == 0) num_units = machine.num_sms;
+  const int64_t tiles = int64_t{items.count} * items.tiles;
+  const int units = static_cast<int>(std::clamp<int64_t>(tiles, 1, num_units));
+  const int64_t small = tiles / units;
+  const int more = static_cast<int>(tiles % units);
+  double us = read_us(machine, more, (small + 1) * items.tile_bytes, units - more,
+                      small * items.tile_bytes);
+  const bool cuts = small > 0 && (more > 0 || small % std::max(items.tiles, 1) != 0);
+  if (cuts) {
+    const double partials = std::ceil(static_cast<double>(items.tiles) / small) + 1;
+    us += kStreamKFixupUs + partials * items.partial_bytes / kMergeBytesPerUs;
+  }
+  return {{units, 0, 1, 0}, false, us};
+}
+
+// Teams of `size` units; with 1, each takes as few whole items as all SMs together can.
+inline LayoutChoice teams(const Items& items, const Machine& machine, int size, bool clustered) {
+  const int per_team = size == 1 ? ceil_div(std::max(items.count, 1), machine.num_sms) : 1;
+  const int num_teams = ceil_div(std::max(items.count, 1), per_team);
+  const double tile = items.tile_bytes;
+  LayoutChoice choice{{num_teams * size, per_team, size, 0}, clustered, 0.0};
+  if (size == 1) {
+    const int full = num_teams - (items.count % per_team != 0);
+    choice.us = read_us(machine, full, per_team * tile * items.tiles, num_teams - full,
+                        items.count % per_team * tile * items.tiles);
+    return choice;
+  }
+  const int more = items.tiles % size;
+  choice.us = read_us(machine, more * num_teams, (items.tiles / size + 1) * tile,
+                      (size - more) * num_teams, items.tiles / size * tile);
+  choice.us += clustered ? kClusterFixupUs + items.partial_bytes / kMergeBytesPerUs
+                         : kTeamFixupUs + size * items.partial_bytes / kMergeBytesPerUs;
+  return choice;
+}
+
+inline bool fits(const Items& items, const Machine& machine, int size, bool clustered) {
+  if (size == 1) return !clustered;
+  if (size > items.tiles) return false;
+  return clustered ? size <= kMaxClusterSize && items.count <= machine.max_clusters[size]
+                   : int64_t{items.count} * size <= machine.num_sms;
+}
+
+inline LayoutChoice choose_layout(const Items& items, const Machine& machine) {
+  LayoutChoice best = teams(items, machine, 1, false);
+  const auto consider = [&](const LayoutChoice& choice) {
+    if (choice.us < best.us) best = choice;
+  };
+  for (int size = 2; size <= kMaxClusterSize; ++size) {
+    if (fits(items, machine, size, true)) consider(teams(items, machine, size, true));
+  }
+  // Without clusters: all SMs, or fewer where merging so many partials would take longer.
+  const int most = std::min(items.tiles, machine.num_sms / std::max(items.count, 1));
+  for (int size = most; size > 1; size /= 2) consider(teams(items, machine, size, false));
+  consider(stream_k(items, machine));
+  const double tile_us = items.tile_bytes * machine.num_sms / machine.bytes_per_us;
+  best.layout.slack_tiles = static_cast<int>((kStreamKFixupUs - kClusterFixupUs) / tile_us);
+  return best;
+}
+
+}  // namespace leanattn
