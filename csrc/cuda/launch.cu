@@ -190,8 +190,9 @@ bool is_capturing(cudaStream_t stream) {
 std::vector<int32_t> copy_to_host(const int32_t* values, int64_t stride, int n,
                                   cudaStream_t stream) {
   std::vector<int32_t> host(n);
-  for (int i = 0; i < n; ++i) {
-    check_cuda(cudaMemcpyAsync(&host[i], values + i * stride, sizeof(int32_t),
+  const int at_once = stride == 1 ? n : 1;
+  for (int i = 0; i < n; i += at_once) {
+    check_cuda(cudaMemcpyAsync(&host[i], values + i * stride, at_once * sizeof(int32_t),
                                cudaMemcpyDeviceToHost, stream),
                "cudaMemcpyAsync");
   }
