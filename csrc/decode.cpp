@@ -53,9 +53,6 @@ int64_t batch_of(const Arguments& a) {
 }
 
 void check_not_built(const Checker& check, const Arguments& a) {
-  check.require(!a.block_table || !a.q.is_cuda(), "block_table",
-                "is not supported on CUDA yet: got a tensor of shape ",
-                a.block_table ? shape_string(*a.block_table) : "", "; allowed is None");
   check.require(!a.k_scale, "k_scale", "is not supported yet: got a tensor; allowed is None");
   check.require(!a.v_scale, "v_scale", "is not supported yet: got a tensor; allowed is None");
   check.require(!a.batch_invariant, "batch_invariant",

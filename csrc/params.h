@@ -65,17 +65,19 @@ struct CacheRow {
   int row;   // within the page
 };
 
-// Entry `index` of a sequence's row of the block table, clamped to the pages that there are.
-LEANATTN_HD int load_page(const DecodeParams& p, int seq, int index) {
-  const int page =
-      p.block_table[seq * p.block_table_batch_stride + index * p.block_table_page_stride];
+// Entry `index` of a sequence's row of the block table: a page id that may be anything.
+LEANATTN_HD const int32_t* block_table_entry(const DecodeParams& p, int seq, int index) {
+  return p.block_table + seq * p.block_table_batch_stride + index * p.block_table_page_stride;
+}
+
+LEANATTN_HD int clamp_page(const DecodeParams& p, int page) {
   return clamp_to(page, 0, p.num_pages - 1);
 }
 
 LEANATTN_HD CacheRow cache_row(const DecodeParams& p, int seq, int token) {
   if (!p.block_table) return {seq, token};
   const int index = token / p.page_size;
-  return {load_page(p, seq, index), token - index * p.page_size};
+  return {clamp_page(p, *block_table_entry(p, seq, index)), token - index * p.page_size};
 }
 
 LEANATTN_HD int64_t out_offset(const DecodeParams& p, int seq, int query_row, int head) {

@@ -58,8 +58,7 @@ void check_pages(const Checker& check, const DecodeParams& params, Read read) {
     const int last = (keys.end - 1) / params.page_size;
     const int64_t stride = params.block_table_page_stride;
     const std::vector<int32_t> pages =
-        read(params.block_table + seq * params.block_table_batch_stride + first * stride, stride,
-             last - first + 1);
+        read(block_table_entry(params, seq, first), stride, last - first + 1);
     for (int index = first; index <= last; ++index) {
       const int32_t page = pages[index - first];
       check.require(page >= 0 && page < params.num_pages, "block_table", "[", seq, ", ", index,

@@ -1,12 +1,12 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share of the
 // line, and then the producer warp copies and the consumer warps compute it, segment by segment.
-// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h, mainloop.h,
-// warp_merge.h, fixup.h.
+// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
+// loaders_paged.h, mainloop.h, warp_merge.h, fixup.h.
 #pragma once
 
 #include "empty_rows.h"
 #include "fixup.h"
-#include "loaders.h"
+#include "loaders_paged.h"
 #include "locate.h"
 #include "mainloop.h"
 #include "warp_merge.h"
@@ -72,11 +72,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
 
   if (is_producer) {
     const SegmentWalker walker(params.problem, place.shares, unit, place.start);
-    if (maps.usable) {
-      produce(params, maps, place.shares, walker, TmaLoader<Traits>{}, ring,
-              tasks);
+    const auto produce_with = [&](const auto& loader) {
+      produce(params, maps, place.shares, walker, loader, ring, tasks);
+    };
+    if (params.block_table) {
+      const PageQueue<Traits> pages(params, walker, smem);
+      if (maps.usable) {
+        produce_with(PagedTmaLoader<Traits>(maps, pages));
+      } else {
+        produce_with(PagedCpAsyncLoader<Traits>(pages));
+      }
+    } else if (maps.usable) {
+      produce_with(TmaLoader<Traits>{});
     } else {
-      produce(params, maps, place.shares, walker, CpAsyncLoader<Traits>{}, ring, tasks);
+      produce_with(CpAsyncLoader<Traits>{});
     }
   } else {
     consume<Traits>(params, place.shares, unit, ring, tasks, smem);
