@@ -50,9 +50,12 @@ constexpr int64_t kMaxHeadDim = 256;
 
 // --- Checks --------------------------------------------------------------------------------------
 
+// Sequences. With cu_seqlens_q, q does not tell.
+int64_t batch_of(const Arguments& a) {
+  return a.block_table ? a.block_table->size(0) : a.k_cache.size(0);
+}
+
 void check_not_built(const Checker& check, const Arguments& a) {
-  check.require(!a.block_table, "block_table", "is not supported yet: got a tensor of shape ",
-                a.block_table ? shape_string(*a.block_table) : "", "; allowed is None");
   check.require(!a.k_scale, "k_scale", "is not supported yet: got a tensor; allowed is None");
   check.require(!a.v_scale, "v_scale", "is not supported yet: got a tensor; allowed is None");
   check.require(!a.batch_invariant, "batch_invariant",
@@ -92,6 +95,7 @@ void check_devices(const Checker& check, const Arguments& a) {
     if (t) check.same_device(*t, name, a.q);
   };
   optional(a.cache_seqlens, "cache_seqlens");
+  optional(a.block_table, "block_table");
   optional(a.cu_seqlens_q, "cu_seqlens_q");
   optional(a.alibi_slopes, "alibi_slopes");
   optional(a.sinks, "sinks");
@@ -103,6 +107,18 @@ void check_head_dim(const Checker& check, const char* name, int64_t head_dim) {
                 ", which is not supported yet; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
   check.require(head_dim >= 8 && head_dim % 8 == 0, name, "has head dim ", head_dim,
                 "; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
+}
+
+void check_block_table(const Checker& check, const Arguments& a) {
+  const Tensor& table = *a.block_table;
+  check.dtype(table, "block_table", ScalarType::Int);
+  check.require(table.dim() == 2, "block_table", "must be [batch, max_pages], got shape ",
+                shape_string(table));
+  check.require(table.size(0) <= kMaxInt, "block_table",
+                "must have fewer than 2^31 rows, got shape ", shape_string(table));
+  check.require(a.k_cache.size(1) >= 1, "k_cache",
+                "must have pages of at least 1 token with block_table, got shape ",
+                shape_string(a.k_cache));
 }
 
 void check_shapes(const Checker& check, const Arguments& a) {
@@ -117,13 +133,13 @@ void check_shapes(const Checker& check, const Arguments& a) {
                   "head_dim], got shape ",
                   shape_string(a.q));
   }
-  check.require(a.k_cache.dim() == 4, "k_cache",
-                "must be [batch, seqlen, num_heads_kv, head_dim], got shape ",
-                shape_string(a.k_cache));
-  check.require(a.v_cache.dim() == 4, "v_cache",
-                "must be [batch, seqlen, num_heads_kv, head_dim_v], got shape ",
-                shape_string(a.v_cache));
-  const int64_t batch = a.k_cache.size(0);
+  const std::string rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
+  check.require(a.k_cache.dim() == 4, "k_cache", "must be ", rows,
+                ", num_heads_kv, head_dim], got shape ", shape_string(a.k_cache));
+  check.require(a.v_cache.dim() == 4, "v_cache", "must be ", rows,
+                ", num_heads_kv, head_dim_v], got shape ", shape_string(a.v_cache));
+  if (a.block_table) check_block_table(check, a);
+  const int64_t batch = batch_of(a);
   const int64_t heads_q = a.q.size(q_dims - 2);
   const int64_t heads_kv = a.k_cache.size(2);
   const int64_t head_dim = a.q.size(q_dims - 1);
@@ -131,36 +147,41 @@ void check_shapes(const Checker& check, const Arguments& a) {
   check_head_dim(check, "q", head_dim);
   check_head_dim(check, "v_cache", head_dim_v);
   if (!a.cu_seqlens_q) {
-    check.require(a.q.size(0) == batch, "q", "must have k_cache's batch, ", batch, ", got ",
+    check.require(a.q.size(0) == batch, "q", "must have ",
+                  a.block_table ? "block_table's" : "k_cache's", " batch, ", batch, ", got ",
                   a.q.size(0));
   }
   check.require(a.k_cache.size(3) == head_dim, "k_cache", "must have q's head dim, ", head_dim,
                 ", got ", a.k_cache.size(3));
-  check.shape(a.v_cache, "v_cache", "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
-              {batch, a.k_cache.size(1), heads_kv, head_dim_v});
+  check.shape(a.v_cache, "v_cache", (rows + ", num_heads_kv, head_dim_v] like k_cache's").c_str(),
+              {a.k_cache.size(0), a.k_cache.size(1), heads_kv, head_dim_v});
   check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
-  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q", "must have a multiple of k_cache's ",
-                heads_kv, " heads, got ", heads_q);
-  check.require(a.k_cache.size(1) <= kMaxInt && batch <= kMaxInt, "k_cache",
-                "must have fewer than 2^31 sequences and tokens each, got shape ",
+  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q",
+                "must have a multiple of k_cache's ", heads_kv, " heads, got ", heads_q);
+  check.require(a.k_cache.size(0) <= kMaxInt && a.k_cache.size(1) <= kMaxInt, "k_cache",
+                a.block_table ? "must have fewer than 2^31 pages and tokens each, got shape "
+                              : "must have fewer than 2^31 sequences and tokens each, got shape ",
                 shape_string(a.k_cache));
   // Query rows are counted in int.
-  int64_t rows = heads_q;
-  for (int64_t i = 0; i < q_dims - 2; ++i) rows *= a.q.size(i);
-  check.require(rows <= kMaxInt, "q", "must have fewer than 2^31 rows in all, got shape ",
+  int64_t query_rows = heads_q;
+  for (int64_t i = 0; i < q_dims - 2; ++i) query_rows *= a.q.size(i);
+  check.require(query_rows <= kMaxInt, "q", "must have fewer than 2^31 rows in all, got shape ",
                 shape_string(a.q));
 }
 
 void check_optional_tensors(const Checker& check, const Arguments& a) {
-  const int64_t batch = a.k_cache.size(0);
+  const int64_t batch = batch_of(a);
   const int64_t heads_q = a.q.size(a.q.dim() - 2);
   if (a.cache_seqlens) {
     check.dtype(*a.cache_seqlens, "cache_seqlens", ScalarType::Int);
-    check.shape(*a.cache_seqlens, "cache_seqlens", "[batch]", {batch});
+    check.shape(*a.cache_seqlens, "cache_seqlens",
+                a.block_table ? "[batch] with block_table's batch" : "[batch]", {batch});
   }
   if (a.cu_seqlens_q) {
     check.dtype(*a.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int);
-    check.shape(*a.cu_seqlens_q, "cu_seqlens_q", "[batch + 1]", {batch + 1});
+    check.shape(*a.cu_seqlens_q, "cu_seqlens_q",
+                a.block_table ? "[batch + 1] with block_table's batch" : "[batch + 1]",
+                {batch + 1});
   }
   if (a.alibi_slopes) {
     check.dtype(*a.alibi_slopes, "alibi_slopes", ScalarType::Float);
@@ -260,6 +281,14 @@ const float* float_data(const OptionalTensor& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
+// Tokens that a sequence can hold. Lengths are int32, so more than that cannot be used.
+int capacity_of(const Arguments& a) {
+  if (!a.block_table) return static_cast<int>(a.k_cache.size(1));
+  if (a.k_cache.size(0) == 0) return 0;
+  const int64_t max_pages = std::min(a.block_table->size(1), kMaxInt);
+  return static_cast<int>(std::min(max_pages * a.k_cache.size(1), kMaxInt));
+}
+
 DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out,
                          const OptionalTensor& lse) {
   DecodeParams p{};
@@ -275,12 +304,12 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
   problem.cache_seqlens_stride = a.cache_seqlens ? a.cache_seqlens->stride(0) : 0;
   problem.cu_seqlens_q = int_data(a.cu_seqlens_q);
   problem.cu_seqlens_q_stride = a.cu_seqlens_q ? a.cu_seqlens_q->stride(0) : 0;
-  problem.batch = static_cast<int>(a.k_cache.size(0));
+  problem.batch = static_cast<int>(batch_of(a));
   problem.num_heads_kv = static_cast<int>(a.k_cache.size(2));
   problem.group_size = p.num_heads_q / problem.num_heads_kv;
   problem.seqlen_q = q_dims == 4 ? static_cast<int>(a.q.size(1)) : 1;
   problem.total_q = ragged ? static_cast<int>(a.q.size(0)) : 0;
-  problem.capacity = static_cast<int>(a.k_cache.size(1));
+  problem.capacity = capacity_of(a);
   problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
   problem.mask = {window(a.window_left), a.causal ? 0 : window(a.window_right)};
 
@@ -316,6 +345,13 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
   p.v_seq_stride = a.v_cache.stride(1);
   p.v_head_stride = a.v_cache.stride(2);
   p.v_dim_stride = a.v_cache.stride(3);
+  p.block_table = int_data(a.block_table);
+  if (a.block_table) {
+    p.block_table_batch_stride = a.block_table->stride(0);
+    p.block_table_page_stride = a.block_table->stride(1);
+    p.num_pages = static_cast<int>(a.k_cache.size(0));
+    p.page_size = static_cast<int>(a.k_cache.size(1));
+  }
 
   p.softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(p.head_dim)));
   p.softcap = static_cast<float>(a.softcap);
@@ -358,8 +394,10 @@ void set_rows_per_item(Problem& problem, int rows) {
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
 }
 
-void check_tiles(const Checker& check, const Problem& problem) {
-  check.require(max_tiles(problem) <= kMaxTiles, "k_cache", "must hold at most ", kMaxTiles,
+void check_tiles(const Checker& check, const DecodeParams& p) {
+  const Problem& problem = p.problem;
+  check.require(max_tiles(problem) <= kMaxTiles, p.block_table ? "block_table" : "k_cache",
+                "must hold at most ", kMaxTiles,
                 " tiles of ", 1 << problem.tile_tokens_log2, " tokens over all heads, got ",
                 max_tiles(problem));
 }
@@ -415,10 +453,10 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
 void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
   // As many rows as a query tile of the largest kernel: K is converted once for all of them.
   set_rows_per_item(p.problem, 64);
-  check_tiles(check, p.problem);
+  check_tiles(check, p);
   p.layout = stream_k_layout(check, p.problem, static_cast<int>(torch::stable::get_num_threads()));
   const Workspace workspace = make_workspace(check, a, p);
-  check_values(check, p.problem, a.max_seqlen_q);
+  check_values(check, p, a.max_seqlen_q);
   decode_cpu(p, [](int64_t n, const std::function<void(int64_t)>& body) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) body(i);
@@ -487,10 +525,10 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
     rows = ceil_div<int64_t>(problem.total_q, std::max(problem.batch, 1)) * problem.group_size;
   }
   set_rows_per_item(problem, rows_per_item_for(rows));
-  check_tiles(check, problem);
+  check_tiles(check, p);
   plan_layout(check, p, device);
   const Workspace workspace = make_workspace(check, a, p);
-  if (value_checks_wanted()) check_values_on_device(check, problem, a.max_seqlen_q, stream);
+  if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
   launch_decode(p, workspace.num_counters, workspace.owns_counters, device, stream);
 }
 #endif

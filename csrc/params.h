@@ -26,10 +26,16 @@ struct DecodeParams {
   // With cu_seqlens_q, B is 1 and Sq is total_q here: the batch stride of q, out and lse is 0.
   const void* q;  // [B, Sq, Hq, D]
   int64_t q_batch_stride, q_seq_stride, q_head_stride, q_dim_stride;
-  const void* k;  // [B, S, Hkv, D]
+  const void* k;  // [B, S, Hkv, D], or paged [num_pages, page_size, Hkv, D]
   int64_t k_batch_stride, k_seq_stride, k_head_stride, k_dim_stride;
-  const void* v;  // [B, S, Hkv, Dv]
+  const void* v;  // [B, S, Hkv, Dv], or paged [num_pages, page_size, Hkv, Dv]
   int64_t v_batch_stride, v_seq_stride, v_head_stride, v_dim_stride;
+  // The page of each page_size tokens of a sequence, or null: contiguous caches. Entries of pages
+  // that no query sees are never read. The caches' batch strides are strides of pages.
+  const int32_t* block_table;  // [B, max_pages]
+  int64_t block_table_batch_stride, block_table_page_stride;
+  int num_pages;
+  FastDivisor page_size;
   void* out;  // [B, Sq, Hq, Dv]
   int64_t out_batch_stride, out_seq_stride, out_head_stride, out_dim_stride;
   float* lse;  // [B, Sq, Hq], or null: not wanted
@@ -53,6 +59,27 @@ struct DecodeParams {
 // Where a query row lives in q, out and lse, in elements.
 LEANATTN_HD int64_t q_offset(const DecodeParams& p, int seq, const Sequence& s, int query, int head) {
   return seq * p.q_batch_stride + (s.query_begin + query) * p.q_seq_stride + head * p.q_head_stride;
+}
+
+// Where a token of a sequence lives in the caches.
+struct CacheRow {
+  int page;  // in contiguous caches the sequence
+  int row;   // within the page
+};
+
+// Entry `index` of a sequence's row of the block table: a page id that may be anything.
+LEANATTN_HD const int32_t* block_table_entry(const DecodeParams& p, int seq, int index) {
+  return p.block_table + seq * p.block_table_batch_stride + index * p.block_table_page_stride;
+}
+
+LEANATTN_HD int clamp_page(const DecodeParams& p, int page) {
+  return clamp_to(page, 0, p.num_pages - 1);
+}
+
+LEANATTN_HD CacheRow cache_row(const DecodeParams& p, int seq, int token) {
+  if (!p.block_table) return {seq, token};
+  const int index = token / p.page_size;
+  return {clamp_page(p, *block_table_entry(p, seq, index)), token - index * p.page_size};
 }
 
 LEANATTN_HD int64_t out_offset(const DecodeParams& p, int seq, int query_row, int head) {

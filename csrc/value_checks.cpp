@@ -15,8 +15,9 @@ bool value_checks_wanted() {
   return value && *value && std::string(value) != "0";
 }
 
-void check_values(const Checker& check, const Problem& p, std::optional<int64_t> max_seqlen_q) {
-  if (!value_checks_wanted()) return;
+namespace {
+
+void check_lengths(const Checker& check, const Problem& p, std::optional<int64_t> max_seqlen_q) {
   for (int seq = 0; p.cache_seqlens && seq < p.batch; ++seq) {
     const int32_t length = p.cache_seqlens[seq * p.cache_seqlens_stride];
     check.require(length >= 0 && length <= p.capacity, "cache_seqlens", "[", seq,
@@ -35,11 +36,57 @@ void check_values(const Checker& check, const Problem& p, std::optional<int64_t>
   }
 }
 
+// The keys that some query of the sequence sees.
+KeyRange sequence_keys(const Problem& p, const Sequence& s) {
+  if (s.num_queries == 0) return {0, 0};
+  const KeyRange first = visible_keys(p.mask, s.length, position_of(s, 0));
+  const KeyRange last = visible_keys(p.mask, s.length, position_of(s, s.num_queries - 1));
+  return {first.begin, max_of(first.begin, last.end)};
+}
+
+// The entries of the block table that are read. `read(values, stride, n)` gives n of them.
+template <class Read>
+void check_pages(const Checker& check, const DecodeParams& params, Read read) {
+  const Problem& p = params.problem;
+  int query_begin = first_query_row(p);
+  for (int seq = 0; params.block_table && seq < p.batch; ++seq) {
+    const Sequence sequence = load_sequence(p, seq, query_begin);
+    query_begin = next_query_begin(p, sequence);
+    const KeyRange keys = sequence_keys(p, sequence);
+    if (keys.empty()) continue;
+    const int first = keys.begin / params.page_size;
+    const int last = (keys.end - 1) / params.page_size;
+    const int64_t stride = params.block_table_page_stride;
+    const std::vector<int32_t> pages =
+        read(block_table_entry(params, seq, first), stride, last - first + 1);
+    for (int index = first; index <= last; ++index) {
+      const int32_t page = pages[index - first];
+      check.require(page >= 0 && page < params.num_pages, "block_table", "[", seq, ", ", index,
+                    "] must be from 0 to num_pages - 1, ", params.num_pages - 1, ", got ", page);
+    }
+  }
+}
+
+}  // namespace
+
+void check_values(const Checker& check, const DecodeParams& params,
+                  std::optional<int64_t> max_seqlen_q) {
+  if (!value_checks_wanted()) return;
+  check_lengths(check, params.problem, max_seqlen_q);
+  check_pages(check, params, [](const int32_t* values, int64_t stride, int n) {
+    std::vector<int32_t> read(n);
+    for (int i = 0; i < n; ++i) read[i] = values[i * stride];
+    return read;
+  });
+}
+
 #ifdef LEANATTN_WITH_CUDA
-void check_values_on_device(const Checker& check, const Problem& problem,
+void check_values_on_device(const Checker& check, const DecodeParams& params,
                             std::optional<int64_t> max_seqlen_q, cudaStream_t stream) {
   if (is_capturing(stream)) return;
-  Problem on_host = problem;
+  const Problem& problem = params.problem;
+  DecodeParams params_on_host = params;
+  Problem& on_host = params_on_host.problem;
   std::vector<int32_t> lengths, queries;
   if (problem.cache_seqlens) {
     lengths = copy_to_host(problem.cache_seqlens, problem.cache_seqlens_stride, problem.batch,
@@ -53,7 +100,10 @@ void check_values_on_device(const Checker& check, const Problem& problem,
     on_host.cu_seqlens_q = queries.data();
     on_host.cu_seqlens_q_stride = 1;
   }
-  check_values(check, on_host, max_seqlen_q);
+  check_lengths(check, on_host, max_seqlen_q);
+  check_pages(check, params_on_host, [&](const int32_t* values, int64_t stride, int n) {
+    return copy_to_host(values, stride, n, stream);
+  });
 }
 #endif
 

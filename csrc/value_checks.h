@@ -1,4 +1,4 @@
-// LEANATTN_CHECK=1: lengths that the ops would clamp raise instead. For finding bugs in a caller; on
+// LEANATTN_CHECK=1: lengths and page ids that the ops would clamp raise instead. For finding bugs in a caller; on
 // CUDA it costs a copy and a sync a call, so it is off by default and ignored during graph capture.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "check.h"
-#include "schedule.h"
+#include "params.h"
 #ifdef LEANATTN_WITH_CUDA
 #include <cuda_runtime.h>
 #endif
@@ -15,13 +15,13 @@ namespace leanattn {
 
 bool value_checks_wanted();
 
-// With host pointers in the problem; does nothing unless wanted.
-void check_values(const Checker& check, const Problem& problem,
+// With host pointers in the problem and to the block table; does nothing unless wanted.
+void check_values(const Checker& check, const DecodeParams& params,
                   std::optional<int64_t> max_seqlen_q);
 
 #ifdef LEANATTN_WITH_CUDA
-// Copies the lengths to the host first.
-void check_values_on_device(const Checker& check, const Problem& problem,
+// Copies lengths and page ids to the host first.
+void check_values_on_device(const Checker& check, const DecodeParams& params,
                             std::optional<int64_t> max_seqlen_q, cudaStream_t stream);
 #endif
 

@@ -45,12 +45,16 @@ def decode(
     Args:
         q: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one query a sequence; `[total_q, Hq, D]` with
             cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 256.
-        k_cache: `[B, S, Hkv, D]`, q's dtype. Hq is a multiple of Hkv. Any strides (on CUDA: the
-            last dimension contiguous, pointers and strides multiples of 16 bytes).
-        v_cache: `[B, S, Hkv, Dv]`, likewise; Dv may differ from D.
+        k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`; q's dtype.
+            Hq is a multiple of Hkv. Any strides (on CUDA: the last dimension contiguous, pointers
+            and strides multiples of 16 bytes), any page_size >= 1.
+        v_cache: `[B, S, Hkv, Dv]` or `[num_pages, page_size, Hkv, Dv]`, likewise; Dv may differ
+            from D.
         cache_seqlens: `[B]` int32, valid tokens of each sequence, the queries' own included;
-            None: all S. Clamped to [0, S] on the device.
-        block_table: not supported yet.
+            None: all S, or all max_pages * page_size. Clamped to that on the device.
+        block_table: `[B, max_pages]` int32, any strides: the page of each page_size tokens of a
+            sequence. Entries of tokens that no query sees are not used; the others are clamped to
+            [0, num_pages) on the device.
         cu_seqlens_q: `[B + 1]` int32, where each sequence's queries begin in a ragged q.
         max_seqlen_q: with cu_seqlens_q only, a hint that results never depend on.
         softmax_scale: default D ** -0.5.

@@ -9,6 +9,7 @@ end is one that the sanitizer sees. Run it with --tool synccheck and initcheck t
 import os
 
 import torch
+from paging import paginate
 from reference import reference
 
 import leanattn
@@ -21,10 +22,14 @@ CALLS = [
     dict(shape=(1, 9, 8, 1, 72, 136, 260), units=3, options=dict(causal=False, window_right=5)),
     dict(shape=(2, 5, 12, 1, 256, 256, 200), units=4),
     dict(shape=(1, 70, 1, 1, 96, 64, 64), units=2),
+    dict(shape=(3, 1, 4, 2, 64, 64, 300), units=5, page_size=1),
+    dict(shape=(3, 2, 8, 2, 128, 128, 517), units=7, page_size=16),
+    dict(shape=(2, 1, 8, 2, 72, 256, 300), units=3, page_size=24, options=dict(window_left=100)),
+    dict(shape=(2, 1, 8, 2, 128, 64, 300), units=64, page_size=100),
 ]
 
 
-def run(shape, units, options=None):
+def run(shape, units, page_size=None, options=None):
     batch, seqlen_q, heads_q, heads_kv, head_dim, head_dim_v, capacity = shape
     new = dict(dtype=torch.float16, device="cuda")
     q = torch.randn(batch, seqlen_q, heads_q, head_dim, **new)
@@ -39,12 +44,15 @@ def run(shape, units, options=None):
     counters = leanattn.counters("cuda", 64)
     for loader in ("tma", "cp_async"):
         os.environ["LEANATTN_LOADER"] = loader
-        for given in (None, lengths):
+        # Without lengths a paged call would count the unused rest of the last page.
+        for given in (None, lengths) if page_size is None else (lengths,):
             for own in (None, counters):
-                out, lse = leanattn.decode(
-                    q, k, v, given, **(options or {}), counters=own, return_lse=True
-                )
-                want, want_lse = reference(q, k, v, given, **(options or {}))
+                case = dict(q=q, k_cache=k, v_cache=v, cache_seqlens=given, **(options or {}))
+                call = case
+                if page_size is not None:
+                    call = paginate(case, page_size, spare_pages=0, spare_entries=0)
+                out, lse = leanattn.decode(**call, counters=own, return_lse=True)
+                want, want_lse = reference(**case)
                 error = (out.double() - want).abs().max().item()
                 assert error < 5e-3, (shape, loader, error)
                 assert torch.equal(lse.isinf(), want_lse.isinf().to(lse.device))

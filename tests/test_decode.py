@@ -545,7 +545,6 @@ def test_is_supported(device):
     supported, reason = leanattn.is_supported(**case)
     assert supported is True and isinstance(reason, str)
     for name, value in (
-        ("block_table", torch.zeros(3, 4, dtype=torch.int32, device=device)),
         ("batch_invariant", True),
         ("k_scale", torch.ones(1, device=device)),
     ):

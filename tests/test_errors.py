@@ -261,7 +261,6 @@ def test_the_message_says_what_is_allowed(device):
 
 
 NOT_SUPPORTED = {
-    "block-table": ("block_table", add("block_table", torch.int32, (2, 4))),
     "batch-invariant": ("batch_invariant", give(batch_invariant=True)),
     "k-scale": ("k_scale", add("k_scale", torch.float32, (1,))),
     "v-scale": ("v_scale", add("v_scale", torch.float32, (1,))),

@@ -166,10 +166,10 @@ class CpuDecode {
   void load_keys(const Segment& segment, KeyRange keys, const void* cache, int64_t batch_stride,
                  int64_t seq_stride, int64_t head_stride, int64_t dim_stride, int head_dim,
                  float* to) const {
-    const Element* from = static_cast<const Element*>(cache) + segment.seq * batch_stride +
-                          segment.head * head_stride;
+    const Element* from = static_cast<const Element*>(cache) + segment.head * head_stride;
     for (int key = keys.begin; key < keys.end; ++key) {
-      load_row(from + key * seq_stride, dim_stride, head_dim,
+      const CacheRow at = cache_row(params_, segment.seq, key);
+      load_row(from + at.page * batch_stride + at.row * seq_stride, dim_stride, head_dim,
                to + static_cast<size_t>(key - keys.begin) * head_dim);
     }
   }

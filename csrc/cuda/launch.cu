@@ -3,6 +3,7 @@
 #include "launch.h"
 
 #include <array>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -83,8 +84,8 @@ bool loader_is_cp_async() {
 // The extents and strides of a cache, outermost dimension last, as a tensor map wants them.
 struct MapShape {
   const void* data;
-  cuuint64_t extent[4];         // elements: head dim, tokens, heads, batch
-  int64_t stride_elements[3];   // tokens, heads, batch
+  cuuint64_t extent[4];         // elements: head dim, tokens, heads, batch or pages
+  int64_t stride_elements[3];   // tokens, heads, batch or pages
 };
 
 bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& map) {
@@ -117,18 +118,29 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
   const Problem& problem = params.problem;
   if (loader_is_cp_async() || problem.capacity == 0 || !encode_tiled()) return maps;
+  maps.tile_box_rows_log2 = problem.tile_tokens_log2;
+  int rows = problem.capacity;
+  int pages = problem.batch;
+  if (params.block_table) {
+    rows = params.page_size;
+    pages = params.num_pages;
+    // No box may go beyond its page, and all are equally large.
+    maps.tile_box_rows_log2 = min_of(maps.tile_box_rows_log2, std::countr_zero<unsigned>(rows));
+    if (maps.tile_box_rows_log2 < kMinBoxRowsLog2) return maps;
+  }
+  maps.rows_box_rows_log2 = min_of(maps.tile_box_rows_log2, kBoxRowsLog2);
   const auto extent = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const MapShape k{params.k,
-                   {extent(params.head_dim), extent(problem.capacity),
-                    extent(problem.num_heads_kv), extent(problem.batch)},
+                   {extent(params.head_dim), extent(rows), extent(problem.num_heads_kv),
+                    extent(pages)},
                    {params.k_seq_stride, params.k_head_stride, params.k_batch_stride}};
   const MapShape v{params.v,
-                   {extent(params.head_dim_v), extent(problem.capacity),
-                    extent(problem.num_heads_kv), extent(problem.batch)},
+                   {extent(params.head_dim_v), extent(rows), extent(problem.num_heads_kv),
+                    extent(pages)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
   const auto encode_both = [&](const MapShape& shape, CacheMaps& cache_maps) {
-    return encode(shape, params.element_type, 1 << problem.tile_tokens_log2, cache_maps.tile) &&
-           encode(shape, params.element_type, 1 << kBoxRowsLog2, cache_maps.rows);
+    return encode(shape, params.element_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&
+           encode(shape, params.element_type, 1 << maps.rows_box_rows_log2, cache_maps.rows);
   };
   maps.usable = encode_both(k, maps.k) && encode_both(v, maps.v);
   return maps;
@@ -202,8 +214,9 @@ bool is_capturing(cudaStream_t stream) {
 std::vector<int32_t> copy_to_host(const int32_t* values, int64_t stride, int n,
                                   cudaStream_t stream) {
   std::vector<int32_t> host(n);
-  for (int i = 0; i < n; ++i) {
-    check_cuda(cudaMemcpyAsync(&host[i], values + i * stride, sizeof(int32_t),
+  const int at_once = stride == 1 ? n : 1;
+  for (int i = 0; i < n; i += at_once) {
+    check_cuda(cudaMemcpyAsync(&host[i], values + i * stride, at_once * sizeof(int32_t),
                                cudaMemcpyDeviceToHost, stream),
                "cudaMemcpyAsync");
   }

@@ -1,13 +1,13 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
 // the producer warp copies and the consumer warps compute it, segment by segment.
-// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h, mainloop.h,
-// warp_merge.h, fixup.h, cluster_fixup.h.
+// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
+// loaders_paged.h, mainloop.h, warp_merge.h, fixup.h, cluster_fixup.h.
 #pragma once
 
 #include "cluster_fixup.h"
 #include "empty_rows.h"
 #include "fixup.h"
-#include "loaders.h"
+#include "loaders_paged.h"
 #include "locate.h"
 #include "mainloop.h"
 #include "task_queue.h"
@@ -92,10 +92,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp == Traits::kProducerWarp) {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
     const SegmentWalker walker = make_walker(params, place, unit);
-    if (maps.usable) {
-      produce(params, maps, walker, TmaLoader<Traits>{}, ring);
+    const auto produce_with = [&](const auto& loader) {
+      produce(params, maps, walker, loader, ring);
+    };
+    if (params.block_table) {
+      const PageQueue<Traits> pages(params, walker, smem);
+      if (maps.usable) {
+        produce_with(PagedTmaLoader<Traits>(maps, pages));
+      } else {
+        produce_with(PagedCpAsyncLoader<Traits>(pages));
+      }
+    } else if (maps.usable) {
+      produce_with(TmaLoader<Traits>{});
     } else {
-      produce(params, maps, walker, CpAsyncLoader<Traits>{}, ring);
+      produce_with(CpAsyncLoader<Traits>{});
     }
   } else if (warp == Traits::kTaskWarp) {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);

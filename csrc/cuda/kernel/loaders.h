@@ -14,27 +14,31 @@
 
 namespace leanattn {
 
-// Tensor maps of K or V, [B, Hkv, S, 64 of D] from the outermost dimension, 128-byte swizzle. A copy
-// costs its issuer about 100 cycles whatever its size, so whole tiles have a map of their own; the
-// small boxes are for tiles that are not seen as a whole.
+// Tensor maps of K or V, [B, Hkv, S, 64 of D] from the outermost dimension ([num_pages, Hkv,
+// page_size, 64 of D] if paged), 128-byte swizzle. A copy costs its issuer about 100 cycles whatever
+// its size, so whole tiles have a map of their own; the small boxes are for tiles that are not seen
+// as a whole.
 struct CacheMaps {
-  CUtensorMap tile;  // boxes of a tile's tokens
-  CUtensorMap rows;  // boxes of 1 << kBoxRowsLog2 tokens
+  CUtensorMap tile;  // boxes of a tile's tokens, or of as many as fit into pages
+  CUtensorMap rows;  // boxes of 1 << kBoxRowsLog2 tokens, or of as many as fit into pages
 };
 
 constexpr int kBoxRowsLog2 = 5;
+constexpr int kMinBoxRowsLog2 = 3;  // the swizzle's pattern has 8 rows
 
 struct TensorMaps {
   CacheMaps k;
   CacheMaps v;
   bool usable;
+  int tile_box_rows_log2;  // of both caches' `tile` maps
+  int rows_box_rows_log2;  // of both caches' `rows` maps
 };
 
 // One of K or V, as the loaders see it.
 template <class Element>
 struct CacheView {
   const CacheMaps* maps;
-  const Element* data;  // [B, S, Hkv, head_dim]
+  const Element* data;  // [B, S, Hkv, head_dim], or paged [num_pages, page_size, Hkv, head_dim]
   int64_t batch_stride, seq_stride, head_stride;
   int head_dim;
 };
@@ -50,6 +54,9 @@ __device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, in
 template <class Traits>
 struct TmaLoader {
   static constexpr int kArrivals = 1;
+
+  __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
+  __device__ __forceinline__ void end_tile() const {}
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
@@ -84,6 +91,9 @@ template <class Traits>
 struct CpAsyncLoader {
   static constexpr int kArrivals = 32;
 
+  __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
+  __device__ __forceinline__ void end_tile() const {}
+
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
@@ -113,7 +123,7 @@ struct CpAsyncLoader {
 // The producer warp's whole life: every segment of the unit, K and V of every tile.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        SegmentWalker walker, const Loader& loader,
+                                        SegmentWalker walker, Loader loader,
                                         Ring<Traits> ring) {
   using Element = typename Traits::Element;
   const CacheView<Element> k{&maps.k,
@@ -132,12 +142,14 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
   while (walker.next(segment)) {
     for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
       const int tile_token = tile * Traits::kTile;
+      loader.begin_tile(segment, tile_token);
       ring.wait_empty();
       loader.load(k, segment, tile_token, ring);
       ring.advance();
       ring.wait_empty();
       loader.load(v, segment, tile_token, ring);
       ring.advance();
+      loader.end_tile();
     }
   }
 }

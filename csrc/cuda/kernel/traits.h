@@ -72,6 +72,8 @@ struct DecodeTraits {
   static constexpr int kQueryPitch = kHeadDim * 2 + 16;
 
   static constexpr int kMaxStages = 16;
+  // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
+  static constexpr int kPageSlots = 8;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
 
   // What the task warp tells the consumers of one segment.
@@ -104,6 +106,7 @@ struct DecodeTraits {
     int scan_largest[kThreads / 32];
     int stripe_query_begin[kThreads];
     Position start;
+    int32_t page_ids[kPageSlots][kTile];
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;

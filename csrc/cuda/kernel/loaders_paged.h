@@ -1,0 +1,180 @@
+// The loaders of loaders.h for paged caches, where a tile is made of pieces from anywhere. Which
+// pages those are stands in device memory, and a trip there, behind all the copies in flight, takes
+// longer than the ring lasts. So the producer has its table entries fetched into shared memory many
+// tiles ahead, by a second walk of the share that runs in front of the first.
+#pragma once
+
+#include "loaders.h"
+
+namespace leanattn {
+
+// The block table's entries for the next tiles of a share, one slot a tile. Producer warp only.
+template <class Traits>
+class PageQueue {
+ public:
+  // `walker`: of the share's start.
+  __device__ __forceinline__ PageQueue(const DecodeParams& params, const SegmentWalker& walker,
+                                       typename Traits::SharedStorage& smem)
+      : params_(params), walker_(walker), smem_(smem) {
+    segment_.tile_end = 0;
+#pragma unroll 1
+    for (int i = 0; i < Traits::kPageSlots; ++i) fetch();
+  }
+
+  // Waits for the entries of the next tile, which starts at `tile_token`.
+  __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
+    // One group a tile, and all but the newest kPageSlots - 1 have landed. Those also hold copies of
+    // K, V and q, but none younger than the slot's: of tiles that the ring has let go of by now.
+    static_assert(2 * Traits::kPageSlots >= Traits::kMaxStages);
+    cute::cp_async_wait<Traits::kPageSlots - 1>();
+    __syncwarp();  // the other lanes' entries have landed too
+    first_page_ =
+        (tile_token + visible_tile_rows<Traits>(segment, tile_token).begin) / params_.page_size;
+  }
+
+  // Where a token of this tile lives: one in the same page as a token that some query sees.
+  __device__ __forceinline__ CacheRow find(int token) const {
+    const int index = token / params_.page_size;
+    const int page = smem_.page_ids[slot_][index - first_page_];
+    return {clamp_page(params_, page), token - index * params_.page_size};
+  }
+
+  // The tile's copies are under way: its slot is free for a tile to come.
+  __device__ __forceinline__ void end_tile() {
+    __syncwarp();  // every lane has read the slot's entries
+    fetch();
+  }
+
+ private:
+  // Fills the current slot with the entries of the tile in front, and goes on to the next slot.
+  __device__ __forceinline__ void fetch() {
+    if (tile_ == segment_.tile_end && walker_.next(segment_)) tile_ = segment_.tile_begin;
+    if (tile_ < segment_.tile_end) {
+      const int tile_token = tile_ * Traits::kTile;
+      const KeyRange rows = visible_tile_rows<Traits>(segment_, tile_token);
+      const int first = (tile_token + rows.begin) / params_.page_size;
+      const int last = (tile_token + (rows.end - 1)) / params_.page_size;
+#pragma unroll 1
+      for (int index = first + static_cast<int>(threadIdx.x % 32); index <= last; index += 32) {
+        cute::SM80_CP_ASYNC_CACHEALWAYS<int32_t>::copy(
+            *block_table_entry(params_, segment_.seq, index), smem_.page_ids[slot_][index - first]);
+      }
+      ++tile_;
+    }
+    cute::cp_async_fence();  // an empty group beyond the last tile: begin_tile counts them
+    slot_ = (slot_ + 1) % Traits::kPageSlots;
+  }
+
+  const DecodeParams& params_;
+  SegmentWalker walker_;
+  typename Traits::SharedStorage& smem_;
+  Segment segment_;     // of the tile to fetch for
+  int tile_ = 0;        // the tile to fetch for
+  int slot_ = 0;        // of the current tile; where the tile kPageSlots after it will go
+  int first_page_ = 0;  // of the sequence, in the slot
+};
+
+// Boxes that lie inside one page, one a lane: the tile's largest power of two that divides a page.
+template <class Traits>
+class PagedTmaLoader {
+ public:
+  static constexpr int kArrivals = 1;
+
+  __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
+      : maps_(maps), pages_(pages) {}
+
+  __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
+    pages_.begin_tile(segment, tile_token);
+  }
+  __device__ __forceinline__ void end_tile() { pages_.end_tile(); }
+
+  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+                                       const Segment& segment, int tile_token,
+                                       const Ring<Traits>& ring) const {
+#if __CUDA_ARCH__ >= 900
+    static_assert((Traits::kTile >> kMinBoxRowsLog2) * Traits::kColumnBlocks <= 32);
+    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
+    const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
+    const int box_rows_log2 = whole ? maps_.tile_box_rows_log2 : maps_.rows_box_rows_log2;
+    const int first = rows.begin >> box_rows_log2;
+    const int last = ((rows.end - 1) >> box_rows_log2) + 1;
+    const int lane = threadIdx.x % 32;
+    if (lane == 0) {
+      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+          ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
+    }
+    __syncwarp();  // the bytes are expected before the first can come
+    const int box = first + lane / Traits::kColumnBlocks;
+    const int block = lane % Traits::kColumnBlocks;
+    if (box < last) {
+      const int row = box << box_rows_log2;
+      const CacheRow at = pages_.find(tile_token + row);
+      cute::SM90_TMA_LOAD_4D::copy(map, ring.full_barrier(),
+                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                   ring.stage_smem() + block * (Traits::kTile * 128) + row * 128,
+                                   block * 64, at.row, segment.head, at.page);
+    }
+    __syncwarp();
+#endif
+  }
+
+ private:
+  const TensorMaps& maps_;
+  PageQueue<Traits> pages_;
+};
+
+// Any page size. A lane works out where one row in 32 lies and the others ask it.
+template <class Traits>
+class PagedCpAsyncLoader {
+ public:
+  static constexpr int kArrivals = 32;
+
+  __device__ __forceinline__ explicit PagedCpAsyncLoader(const PageQueue<Traits>& pages)
+      : pages_(pages) {}
+
+  __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
+    pages_.begin_tile(segment, tile_token);
+  }
+  __device__ __forceinline__ void end_tile() { pages_.end_tile(); }
+
+  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+                                       const Segment& segment, int tile_token,
+                                       const Ring<Traits>& ring) const {
+    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row
+    constexpr int kRowsAtOnce = 32 / kChunks;
+    const int lane = threadIdx.x % 32;
+    const int chunk = lane % kChunks;
+    const bool inside = chunk * 8 < cache.head_dim;
+    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    uint8_t* stage_smem = ring.stage_smem();
+    // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
+    const typename Traits::Element* source =
+        cache.data + segment.head * cache.head_stride + (inside ? chunk * 8 : 0);
+#pragma unroll 1
+    for (int group = rows.begin / 32 * 32; group < rows.end; group += 32) {
+      int64_t my_offset = 0;
+      if (rows.contains(group + lane)) {
+        const CacheRow at = pages_.find(tile_token + group + lane);
+        my_offset = at.page * cache.batch_stride + at.row * cache.seq_stride;
+      }
+#pragma unroll 4
+      for (int i = 0; i < 32; i += kRowsAtOnce) {
+        const int row = group + i + lane / kChunks;
+        const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / kChunks);
+        if (rows.contains(row)) {
+          cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
+              *reinterpret_cast<const uint4*>(source + offset),
+              *reinterpret_cast<uint4*>(stage_smem + swizzled_offset<Traits::kTile>(row, chunk)),
+              inside);
+        }
+      }
+    }
+    ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
+  }
+
+ private:
+  PageQueue<Traits> pages_;
+};
+
+}  // namespace leanattn
