@@ -130,7 +130,7 @@ void check_shapes(const Checker& check, const Arguments& a) {
                   "head_dim], got shape ",
                   shape_string(a.q));
   }
-  const std::string rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
+  const char* rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
   check.require(a.k_cache.dim() == 4, "k_cache", "must be ", rows,
                 ", num_heads_kv, head_dim], got shape ", shape_string(a.k_cache));
   check.require(a.v_cache.dim() == 4, "v_cache", "must be ", rows,
@@ -150,7 +150,9 @@ void check_shapes(const Checker& check, const Arguments& a) {
   }
   check.require(a.k_cache.size(3) == head_dim, "k_cache", "must have q's head dim, ", head_dim,
                 ", got ", a.k_cache.size(3));
-  check.shape(a.v_cache, "v_cache", (rows + ", num_heads_kv, head_dim_v] like k_cache's").c_str(),
+  check.shape(a.v_cache, "v_cache",
+              a.block_table ? "[num_pages, page_size, num_heads_kv, head_dim_v] like k_cache's"
+                            : "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
               {a.k_cache.size(0), a.k_cache.size(1), heads_kv, head_dim_v});
   check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
   check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q",
@@ -367,9 +369,8 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
 int choose_units(const Checker& check, const DecodeParams& p, int available) {
   const Problem& problem = p.problem;
   check.require(max_tiles(problem) <= kMaxTiles, p.block_table ? "block_table" : "k_cache",
-                "must hold at most ", kMaxTiles,
-                " tiles of ", 1 << problem.tile_tokens_log2, " tokens over all heads, got ",
-                max_tiles(problem));
+                "must hold at most ", kMaxTiles, " tiles of ", 1 << problem.tile_tokens_log2,
+                " tokens over all heads, got ", max_tiles(problem));
   if (const char* text = std::getenv("LEANATTN_NUM_UNITS"); text && *text) {
     char* end = nullptr;
     const long forced = std::strtol(text, &end, 10);

@@ -124,9 +124,8 @@ struct CpAsyncLoader {
 // goes ahead of the task, whose arithmetic can wait.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        const Shares& shares, SegmentWalker walker,
-                                        Loader loader, Ring<Traits> ring,
-                                        TaskQueue<Traits> tasks) {
+                                        const Shares& shares, SegmentWalker walker, Loader loader,
+                                        Ring<Traits> ring, TaskQueue<Traits> tasks) {
   using Element = typename Traits::Element;
   const CacheView<Element> k{&maps.k,
                              static_cast<const Element*>(params.k),
