@@ -15,6 +15,7 @@
 #include "cost_model.h"
 #include "cpu/decode_cpu.h"
 #include "params.h"
+#include "tree_fold.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
@@ -58,8 +59,6 @@ int64_t batch_of(const Arguments& a) {
 void check_not_built(const Checker& check, const Arguments& a) {
   check.require(!a.k_scale, "k_scale", "is not supported yet: got a tensor; allowed is None");
   check.require(!a.v_scale, "v_scale", "is not supported yet: got a tensor; allowed is None");
-  check.require(!a.batch_invariant, "batch_invariant",
-                "is not supported yet: got True; allowed is False");
 }
 
 ElementType check_dtypes(const Checker& check, const Arguments& a) {
@@ -133,7 +132,7 @@ void check_shapes(const Checker& check, const Arguments& a) {
                   "head_dim], got shape ",
                   shape_string(a.q));
   }
-  const std::string rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
+  const char* rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
   check.require(a.k_cache.dim() == 4, "k_cache", "must be ", rows,
                 ", num_heads_kv, head_dim], got shape ", shape_string(a.k_cache));
   check.require(a.v_cache.dim() == 4, "v_cache", "must be ", rows,
@@ -153,7 +152,9 @@ void check_shapes(const Checker& check, const Arguments& a) {
   }
   check.require(a.k_cache.size(3) == head_dim, "k_cache", "must have q's head dim, ", head_dim,
                 ", got ", a.k_cache.size(3));
-  check.shape(a.v_cache, "v_cache", (rows + ", num_heads_kv, head_dim_v] like k_cache's").c_str(),
+  check.shape(a.v_cache, "v_cache",
+              a.block_table ? "[num_pages, page_size, num_heads_kv, head_dim_v] like k_cache's"
+                            : "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
               {a.k_cache.size(0), a.k_cache.size(1), heads_kv, head_dim_v});
   check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
   check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q",
@@ -353,6 +354,10 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
     p.page_size = static_cast<int>(a.k_cache.size(1));
   }
 
+  p.batch_invariant = a.batch_invariant;
+  const int64_t tiles = ceil_div<int64_t>(problem.capacity, 1 << problem.tile_tokens_log2);
+  p.max_nodes = p.batch_invariant ? max_nodes(static_cast<int>(tiles)) : 1;
+
   p.softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(p.head_dim)));
   p.softcap = static_cast<float>(a.softcap);
   p.alibi_slopes = float_data(a.alibi_slopes);
@@ -397,9 +402,8 @@ void set_rows_per_item(Problem& problem, int rows) {
 void check_tiles(const Checker& check, const DecodeParams& p) {
   const Problem& problem = p.problem;
   check.require(max_tiles(problem) <= kMaxTiles, p.block_table ? "block_table" : "k_cache",
-                "must hold at most ", kMaxTiles,
-                " tiles of ", 1 << problem.tile_tokens_log2, " tokens over all heads, got ",
-                max_tiles(problem));
+                "must hold at most ", kMaxTiles, " tiles of ", 1 << problem.tile_tokens_log2,
+                " tokens over all heads, got ", max_tiles(problem));
 }
 
 // --- Workspace -----------------------------------------------------------------------------------
@@ -433,11 +437,15 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
                   num_counters, " elements for this call, got ", a.counters->numel());
   }
   if (stays_on_chip(p)) return {std::nullopt, 0, false};
-  const int64_t rows = int64_t{p.layout.num_units} * 2 * problem.rows_per_item;
+  const int64_t rows = int64_t{p.layout.num_units} * 2 * p.max_nodes * problem.rows_per_item;
   const int64_t counter_bytes = a.counters ? 0 : round_up(num_counters * 4);
   const int64_t stats_bytes = round_up(rows * 2 * 4);
-  const int64_t o_bytes = rows * p.head_dim_v * 4;
-  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes},
+  const int64_t o_bytes = round_up(rows * p.head_dim_v * 4);
+  // See DecodeParams::fold_states: half as many levels as nodes.
+  const int64_t quads = padded_head_dim(std::max(p.head_dim, p.head_dim_v)) / 4;
+  const int64_t fold_bytes =
+      p.batch_invariant && !a.q.is_cpu() ? rows / 4 * quads * int64_t{sizeof(SoftmaxState<4>)} : 0;
+  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes + fold_bytes},
                                            ScalarType::Byte, std::nullopt, a.q.device()),
                       static_cast<int>(num_counters), !a.counters};
   char* memory = static_cast<char*>(workspace.memory->mutable_data_ptr());
@@ -445,6 +453,8 @@ Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams&
                           : reinterpret_cast<int32_t*>(memory);
   p.partial_stats = reinterpret_cast<float*>(memory + counter_bytes);
   p.partial_o = reinterpret_cast<float*>(memory + counter_bytes + stats_bytes);
+  p.fold_states =
+      reinterpret_cast<SoftmaxState<4>*>(memory + counter_bytes + stats_bytes + o_bytes);
   return workspace;
 }
 

@@ -12,6 +12,9 @@ namespace leanattn {
 
 enum class ElementType { kFloat32, kFloat16, kBFloat16 };
 
+// Rows that a batch-invariant item holds at most, on CUDA.
+constexpr int kFoldRows = 16;
+
 struct DecodeParams {
   ElementType element_type;  // of q, k, v and out
   int head_dim;              // D
@@ -48,10 +51,16 @@ struct DecodeParams {
   const float* sinks;  // [Hq]
   int64_t sinks_stride;
 
-  // The fixup's memory. Slot 0 or 1 of a unit holds at most one partial: see schedule.h. All null
-  // where the layout leaves no partials in global memory.
-  float* partial_o;       // [layout.num_units, 2, rows_per_item, Dv]
-  float* partial_stats;   // [layout.num_units, 2, rows_per_item, 2]: max, sum
+  // Tiles are merged in a fixed tree, so that nothing around a sequence changes its bits: tree_fold.h.
+  bool batch_invariant;
+  int max_nodes;  // partials that a segment leaves at most: 1, or what tree_fold.h says
+
+  // The fixup's memory. Slots 0 and 1 of a unit hold the partials of a segment each: see schedule.h.
+  // All null where the layout leaves no partials in global memory.
+  float* partial_o;      // [layout.num_units, 2, max_nodes, rows_per_item, Dv]
+  float* partial_stats;  // [layout.num_units, 2, max_nodes, rows_per_item, 2]: max, sum
+  // Batch-invariant only: states that wait for their sibling in the tree.
+  SoftmaxState<4>* fold_states;  // [layout.num_units, max_nodes / 2, rows_per_item, padded Dv / 4]
   int32_t* counters;      // tickets, zero before and after; see counter_index
   bool counter_per_item;  // one counter an item instead of one a unit
 };
@@ -88,6 +97,12 @@ LEANATTN_HD int64_t out_offset(const DecodeParams& p, int seq, int query_row, in
 
 LEANATTN_HD int64_t lse_offset(const DecodeParams& p, int seq, int query_row, int head) {
   return seq * p.lse_batch_stride + query_row * p.lse_seq_stride + head * p.lse_head_stride;
+}
+
+// Index of partial `node` of a unit's segment: times rows_per_item * Dv into partial_o.
+LEANATTN_HD int64_t partial_index(const DecodeParams& p, const Participants& units, int unit,
+                                  int node) {
+  return units.slot(unit) * p.max_nodes + node;
 }
 
 // The counter of an item that several units share. An item is known by the unit that it begins in:

@@ -37,6 +37,11 @@ namespace leanattn {
 // depend on nothing else.
 LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) { return head_dim <= 128 ? 7 : 6; }
 
+// Head dims are padded to one that kernels exist for.
+LEANATTN_HD constexpr int padded_head_dim(int head_dim) {
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+}
+
 // Less than INT32_MAX, which stands for the end of a share that is not counted in tiles.
 constexpr int64_t kMaxTiles = INT32_MAX - 1;
 
@@ -265,9 +270,9 @@ struct Participants {
   int first_slot;
 
   LEANATTN_HD int count() const { return last - first + 1; }
-  // Index of a unit's partial. A unit has two slots: 0 for the item that its share begins in, 1 for
-  // any other, which can only be one that begins in its share.
-  LEANATTN_HD int64_t partial_index(int unit) const {
+  // Where a unit's partial is. A unit has two slots: one for the item that its share begins in, one
+  // for any other, which can only be one that begins in its share.
+  LEANATTN_HD int64_t slot(int unit) const {
     return int64_t{unit} * 2 + (unit == first ? first_slot : 0);
   }
 };
@@ -276,6 +281,13 @@ LEANATTN_HD Participants participants(const Shares& shares, const Segment& segme
   const int first = shares.unit_of(segment.item_line);
   return {first, shares.unit_of(segment.item_line + segment.item.size() - 1),
           shares.begin(first) < segment.item_line ? 1 : 0};
+}
+
+// The tiles of the segment's item that are in a unit's share.
+LEANATTN_HD TileRange tiles_of_unit(const Shares& shares, const Segment& segment, int unit) {
+  const int to_item = segment.item.begin - segment.item_line;
+  return {max_of(segment.item.begin, shares.begin(unit) + to_item),
+          min_of(segment.item.end, shares.end(unit) + to_item)};
 }
 
 // Where all sequences are alike, what the host can work out ahead of the kernel.

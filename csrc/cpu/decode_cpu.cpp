@@ -2,13 +2,16 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "../schedule_host.h"
+#include "../tree_fold.h"
 #include "tile_math.h"
 
 namespace leanattn {
@@ -39,6 +42,13 @@ struct RowStates {
     max[row] = new_max;
   }
 
+  void merge(const RowStates (&others)[1]) {
+    for (int row = 0; row < static_cast<int>(max.size()); ++row) {
+      merge(row, others[0].max[row], others[0].sum[row],
+            others[0].o.data() + static_cast<size_t>(row) * head_dim_v);
+    }
+  }
+
   void merge(int row, float other_max, float other_sum, const float* other_o) {
     rescale(row, std::max(max[row], other_max));
     const float factor = rescale_factor(other_max, max[row]);
@@ -65,17 +75,25 @@ class CpuDecode {
       SegmentWalker walker = line_.walk(static_cast<int>(unit));
       Segment segment;
       while (walker.next(segment)) {
-        RowStates states = compute(segment);
-        if (segment.is_whole()) {
-          write(segment, states);
-          continue;
+        int num_partials = 0;
+        const auto finish = [&](const RowStates& states, bool is_whole) {
+          if (is_whole) return write(segment, states);
+          store_partial(segment, static_cast<int>(unit), num_partials++, states);
+        };
+        if (params_.batch_invariant) {
+          fold_tiles(segment, finish);
+        } else {
+          finish(compute(segment, segment.tile_begin, segment.tile_end), segment.is_whole());
         }
-        store_partial(segment, static_cast<int>(unit), states);
-        if (participants(line_.shares(), segment).first == unit) cut_items[unit] = segment;
+        if (!segment.is_whole() && participants(line_.shares(), segment).first == unit) {
+          cut_items[unit] = segment;
+        }
       }
     });
     parallel_for_(units, [&](int64_t unit) {
-      if (cut_items[unit]) write(*cut_items[unit], merge_partials(*cut_items[unit]));
+      if (!cut_items[unit]) return;
+      const Segment& segment = *cut_items[unit];
+      write(segment, params_.batch_invariant ? fold_partials(segment) : merge_partials(segment));
     });
     parallel_for_(problem_.batch, [&](int64_t seq) { write_empty_items(static_cast<int>(seq)); });
     if (problem_.cu_seqlens_q) {
@@ -89,9 +107,9 @@ class CpuDecode {
     return item_rows(problem_, segment.sequence, segment.row_block);
   }
 
-  // --- Main loop: one segment from its keys to its states ---
+  // --- Main loop: some tiles of a segment from their keys to their states ---
 
-  RowStates compute(const Segment& segment) const {
+  RowStates compute(const Segment& segment, int tile_begin, int tile_end) const {
     const int rows = rows_of(segment);
     const int head_dim = params_.head_dim;
     const int head_dim_v = params_.head_dim_v;
@@ -103,7 +121,7 @@ class CpuDecode {
     std::vector<float> probabilities(tile);
     RowStates states(rows, head_dim_v);
     load_queries(segment, rows, q.data());
-    for (int t = segment.tile_begin; t < segment.tile_end; ++t) {
+    for (int t = tile_begin; t < tile_end; ++t) {
       const KeyRange keys{std::max(segment.keys.any.begin, t * tile),
                           std::min<int>(segment.keys.any.end, std::min<int64_t>(
                                             int64_t{t + 1} * tile, problem_.capacity))};
@@ -184,9 +202,8 @@ class CpuDecode {
 
   // --- Fixup ---
 
-  void store_partial(const Segment& segment, int unit, const RowStates& states) const {
-    const int64_t slot = participants(line_.shares(), segment).partial_index(unit) *
-                         problem_.rows_per_item;
+  void store_partial(const Segment& segment, int unit, int node, const RowStates& states) const {
+    const int64_t slot = first_row_of(participants(line_.shares(), segment), unit, node);
     for (int row = 0; row < rows_of(segment); ++row) {
       params_.partial_stats[(slot + row) * 2] = states.max[row];
       params_.partial_stats[(slot + row) * 2 + 1] = states.sum[row];
@@ -195,17 +212,68 @@ class CpuDecode {
                 states.o.size() * sizeof(float));
   }
 
+  // Of a partial, among the rows of all partials.
+  int64_t first_row_of(const Participants& units, int unit, int node) const {
+    return partial_index(params_, units, unit, node) * problem_.rows_per_item;
+  }
+
+  void merge_partial(RowStates& states, int64_t slot) const {
+    for (int row = 0; row < static_cast<int>(states.max.size()); ++row) {
+      const float* stats = params_.partial_stats + (slot + row) * 2;
+      states.merge(row, stats[0], stats[1], params_.partial_o + (slot + row) * params_.head_dim_v);
+    }
+  }
+
   RowStates merge_partials(const Segment& segment) const {
     RowStates states(rows_of(segment), params_.head_dim_v);
     const Participants units = participants(line_.shares(), segment);
     for (int unit = units.first; unit <= units.last; ++unit) {
-      const int64_t slot = units.partial_index(unit) * problem_.rows_per_item;
-      for (int row = 0; row < rows_of(segment); ++row) {
-        const float* stats = params_.partial_stats + (slot + row) * 2;
-        states.merge(row, stats[0], stats[1], params_.partial_o + (slot + row) * params_.head_dim_v);
-      }
+      merge_partial(states, first_row_of(units, unit, 0));
     }
     return states;
+  }
+
+  // --- Batch-invariant: the same by a fixed tree, see tree_fold.h ---
+
+  // The states that wait for their right sibling, by level.
+  struct FoldStack {
+    std::map<int, RowStates> states;
+
+    RowStates load(int level) { return states.at(level); }
+    void store(int level, RowStates state) { states.insert_or_assign(level, std::move(state)); }
+  };
+
+  // Calls finish(states, is_whole) for every node of the tree that the segment's tiles come to.
+  template <class Finish>
+  void fold_tiles(const Segment& segment, const Finish& finish) const {
+    FoldStack stack;
+    const auto emit = [&](const TreeNode& node, const RowStates& states) {
+      finish(states, node.covers(segment.item));
+    };
+    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+      fold_node(segment.item, segment.tile_begin, {0, tile}, compute(segment, tile, tile + 1), stack,
+                emit);
+    }
+    fold_rest<RowStates>(segment.item, segment.tile_begin, segment.tile_end, stack, emit);
+  }
+
+  RowStates fold_partials(const Segment& segment) const {
+    RowStates result(0, 0);
+    FoldStack stack;
+    const auto emit = [&](const TreeNode&, const RowStates& states) { result = states; };
+    const Participants units = participants(line_.shares(), segment);
+    for (int unit = units.first; unit <= units.last; ++unit) {
+      const TileRange own = tiles_of_unit(line_.shares(), segment, unit);
+      int64_t at = own.begin;
+      for (int index = 0; at < own.end; ++index) {
+        const TreeNode node = next_node(segment.item, own.begin, own.end, at);
+        RowStates states(rows_of(segment), params_.head_dim_v);
+        merge_partial(states, first_row_of(units, unit, index));
+        fold_node(segment.item, segment.item.begin, node, std::move(states), stack, emit);
+        at = node.end();
+      }
+    }
+    return result;
   }
 
   // --- Output ---

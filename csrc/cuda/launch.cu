@@ -121,6 +121,7 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
   maps.tile_box_rows_log2 = problem.tile_tokens_log2;
   int rows = problem.capacity;
   int pages = problem.batch;
+  const int heads = problem.num_heads_kv;
   if (params.block_table) {
     rows = params.page_size;
     pages = params.num_pages;
@@ -131,12 +132,10 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
   maps.rows_box_rows_log2 = min_of(maps.tile_box_rows_log2, kBoxRowsLog2);
   const auto extent = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const MapShape k{params.k,
-                   {extent(params.head_dim), extent(rows), extent(problem.num_heads_kv),
-                    extent(pages)},
+                   {extent(params.head_dim), extent(rows), extent(heads), extent(pages)},
                    {params.k_seq_stride, params.k_head_stride, params.k_batch_stride}};
   const MapShape v{params.v,
-                   {extent(params.head_dim_v), extent(rows), extent(problem.num_heads_kv),
-                    extent(pages)},
+                   {extent(params.head_dim_v), extent(rows), extent(heads), extent(pages)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
   const auto encode_both = [&](const MapShape& shape, CacheMaps& cache_maps) {
     return encode(shape, params.element_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&

@@ -53,9 +53,14 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   const LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
-  check_cuda(
-      cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, setup.num_stages),
-      "cudaLaunchKernelEx");
+  // The waiting states of a batch-invariant decode take room from the ring.
+  const int num_stages =
+      params.batch_invariant
+          ? (setup.shared_memory_bytes - Traits::kRingOffset - Traits::kFoldBytes) /
+                Traits::kStageBytes
+          : setup.num_stages;
+  check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, num_stages),
+             "cudaLaunchKernelEx");
 }
 
 #define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                             \

@@ -76,11 +76,11 @@ Row row_of(const Problem& problem, const Shares& shares, const Segment& s, int u
   row.num_queries = s.sequence.num_queries;
   row.first_unit = units.first;
   row.last_unit = units.last;
-  row.slot = static_cast<int>(units.partial_index(unit) % 2);
+  row.slot = static_cast<int>(units.slot(unit) % 2);
   row.counter_of_unit = counter_index(params, s, units.first);
   params.counter_per_item = true;
   row.counter_of_item = counter_index(params, s, units.first);
-  row.partial = units.partial_index(unit);
+  row.partial = units.slot(unit);
   row.whole = s.is_whole();
   return row;
 }
@@ -148,7 +148,7 @@ std::vector<std::vector<int64_t>> partials_to_merge(const HostLine& line, int un
     partials.emplace_back();
     const Participants units = participants(line.shares(), segment);
     for (int other = units.first; other <= units.last; ++other) {
-      partials.back().push_back(units.partial_index(other));
+      partials.back().push_back(units.slot(other));
     }
   }
   return partials;

@@ -1,7 +1,7 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
 // the producer warp copies and the consumer warps compute it, segment by segment.
 // Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
-// loaders_paged.h, mainloop.h, warp_merge.h, fixup.h, cluster_fixup.h.
+// loaders_paged.h, mainloop.h, warp_merge.h, fixup.h, cluster_fixup.h, tree_fixup.h.
 #pragma once
 
 #include "cluster_fixup.h"
@@ -11,51 +11,85 @@
 #include "locate.h"
 #include "mainloop.h"
 #include "task_queue.h"
+#include "tree_fixup.h"
 #include "warp_merge.h"
 
 namespace leanattn {
 
 // The consumer warps' whole life.
 template <class Traits>
-__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
-                                        int unit, Ring<Traits> ring, TaskQueue<Traits> tasks,
+__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place, int unit,
+                                        int num_stages, Ring<Traits> ring, TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   const WarpPlace<Traits> place(threadIdx.x / 32);
   MainLoop<Traits> main_loop(params, place);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
+  const bool in_tree = Traits::kRows <= kFoldRows && params.batch_invariant;
+  const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, num_stages, smem);
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
     const Segment& segment = task->segment;
-    WarpState<Traits> state;
-    main_loop.run(*task, ring, state);
-    const auto merge = [&](const auto& visit) {
-      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, visit);
-    };
-    if (segment.is_whole()) {
-      merge([&](int row, int dim, const QuadState& merged) {
-        write_quad<Traits>(params, segment, row, dim, merged);
-      });
-    } else {
-      if (in_cluster) {
-        merge([&](int row, int dim, const QuadState& merged) {
+    const TileRange item = segment.item;
+    const bool is_whole = segment.is_whole();
+    const auto partial = [&](int node) { return partial_index(params, task->units, unit, node); };
+    // A tree takes tile by tile, everything else the segment as a whole.
+    const int step = in_tree ? 1 : segment.tile_end - segment.tile_begin;
+    int num_partials = 0;
+    for (int tile = segment.tile_begin; tile < segment.tile_end; tile += step) {
+      WarpState<Traits> state;
+      main_loop.run(*task, tile, tile + step, ring, state);
+      bool left_partial = false;
+      const auto finish = [&](int row, int dim, const QuadState& merged) {
+        if (in_tree) {
+          auto stack = fold.stack(row, dim);
+          fold_node(item, segment.tile_begin, {0, tile}, merged, stack,
+                    [&](const TreeNode& node, const QuadState& folded) {
+                      if (node.covers(item)) {
+                        write_quad<Traits>(params, segment, row, dim, folded);
+                      } else {
+                        store_partial<Traits>(params, partial(num_partials), row, dim, folded);
+                        left_partial = true;
+                      }
+                    });
+        } else if (is_whole) {
+          write_quad<Traits>(params, segment, row, dim, merged);
+        } else if (in_cluster) {
           store_cluster_partial<Traits>(smem, row, dim, merged);
-        });
-      } else {
-        const int64_t index = task->units.partial_index(unit);
-        merge([&](int row, int dim, const QuadState& merged) {
-          store_partial<Traits>(params, index, row, dim, merged);
+        } else {
+          store_partial<Traits>(params, partial(0), row, dim, merged);
+        }
+      };
+      merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, finish);
+      num_partials += left_partial;
+    }
+    if (!is_whole) {
+      if (in_tree) {
+        sync_consumers<Traits>();  // waiting states may be of other threads from here on
+        for_each_quad<Traits>(0, task->num_rows, params.head_dim_v, [&](int row, int dim) {
+          auto stack = fold.stack(row, dim);
+          int node = num_partials;
+          fold_rest<QuadState>(item, segment.tile_begin, segment.tile_end, stack,
+                               [&](const TreeNode&, const QuadState& folded) {
+                                 store_partial<Traits>(params, partial(node++), row, dim, folded);
+                               });
         });
       }
-      if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, false};
+      if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, task->shares, false};
       ++num_cuts;
     }
     tasks.pop();
   }
   if (in_cluster) {
     cluster_fix_up<Traits>(params, unit, num_cuts, smem);
-  } else {
-    fix_up<Traits>(params, num_cuts, smem);
+    return;
   }
+  fix_up<Traits>(params, num_cuts, smem, [&](const typename Traits::CutSegment& cut) {
+    if (in_tree) {
+      fold_partials<Traits>(params, cut.segment, cut.units, cut.shares, fold);
+    } else {
+      merge_partials<Traits>(params, cut.segment, cut.units);
+    }
+  });
 }
 
 template <class Traits>
@@ -114,7 +148,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     tasks.close();
   } else {
     ptx::bar_sync(kSetupBarrier, Traits::kThreads);
-    consume<Traits>(params, place, unit, ring, tasks, smem);
+    consume<Traits>(params, place, unit, num_stages, ring, tasks, smem);
   }
   write_empty_rows<Traits>(params, place, smem);
 }

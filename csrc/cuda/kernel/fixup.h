@@ -91,7 +91,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
       for (int i = 0; i < kInFlight; ++i) {
         const int unit = first + i;
         if (unit <= units.last) {
-          batch[i] = load_partial<Traits>(params, units.partial_index(unit), row, dim);
+          batch[i] = load_partial<Traits>(params, partial_index(params, units, unit, 0), row, dim);
         }
       }
       merged.merge(batch);
@@ -100,15 +100,15 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
   });
 }
 
-// By all consumer threads, when the share is done.
-template <class Traits>
+// By all consumer threads, when the share is done. merge(cut) is called for each cut segment whose item
+// is complete.
+template <class Traits, class Merge>
 __device__ __forceinline__ void fix_up(const DecodeParams& params, int num_cuts,
-                                       typename Traits::SharedStorage& smem) {
+                                       typename Traits::SharedStorage& smem, const Merge& merge) {
   if (num_cuts == 0) return;
   draw_tickets<Traits>(params, num_cuts, smem);
   for (int cut = 0; cut < num_cuts; ++cut) {
-    if (!smem.cuts[cut].is_last_to_arrive) continue;
-    merge_partials<Traits>(params, smem.cuts[cut].segment, smem.cuts[cut].units);
+    if (smem.cuts[cut].is_last_to_arrive) merge(smem.cuts[cut]);
   }
 }
 

@@ -74,8 +74,9 @@ class MainLoop {
     scale_log2_ = params.softmax_scale * kLog2E;
   }
 
-  // All tiles of one segment.
-  __device__ __forceinline__ void run(const typename Traits::Task& task, Ring<Traits>& ring,
+  // Tiles [tile_begin, tile_end) of a segment.
+  __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
+                                      int tile_end, Ring<Traits>& ring,
                                       WarpState<Traits>& state) {
     const Segment& segment = task.segment;
     segment_ = &segment;
@@ -93,7 +94,7 @@ class MainLoop {
         }
       }
     }
-    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
+    for (int tile = tile_begin; tile < tile_end; ++tile) {
       const int token = tile * Traits::kTile + place_.slice * Traits::kSliceTokens;
       const KeyRange any = segment.keys.any;
       const KeyRange all = segment.keys.all;

@@ -36,7 +36,10 @@ class TaskQueue {
     if (threadIdx.x % 32 == 0) {
       task.segment = segment;
       task.num_rows = rows;
-      if (!segment.is_whole()) task.units = participants(shares, segment);
+      if (!segment.is_whole()) {
+        task.units = participants(shares, segment);
+        task.shares = shares;
+      }
       ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
     }
     position_.advance(Traits::kTasks);

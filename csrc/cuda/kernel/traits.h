@@ -82,12 +82,14 @@ struct DecodeTraits {
     Segment segment;
     int num_rows;        // 0: no more tasks
     Participants units;  // where the segment does not hold its whole item
+    Shares shares;       // of the same walk
   };
 
   // A segment that does not hold its whole item, until the fixup.
   struct CutSegment {
     Segment segment;
     Participants units;
+    Shares shares;
     bool is_last_to_arrive;
   };
 
@@ -110,6 +112,13 @@ struct DecodeTraits {
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
+
+  // Batch-invariant items have at most kFoldRows rows. Their waiting states of the tree's lowest levels
+  // lie behind the ring; see tree_fixup.h.
+  static constexpr int kFoldLevelStates = kRows * kHeadDim / 4;
+  static constexpr int kFoldLevels =
+      kRows <= kFoldRows ? min_of<int>(6, 49152 / (kFoldLevelStates * sizeof(SoftmaxState<4>))) : 0;
+  static constexpr int kFoldBytes = kFoldLevels * kFoldLevelStates * sizeof(SoftmaxState<4>);
 
   // A unit's partial in a cluster, in the ring's first stages, when all have been read.
   struct ClusterPartial {
