@@ -503,13 +503,15 @@ LayoutChoice forced_layout(const Checker& check, const Items& items, const Machi
 
 void plan_layout(const Checker& check, DecodeParams& p, int device) {
   const Problem& problem = p.problem;
-  const Machine machine = machine_for(p, device);
+  Machine machine = machine_for(p, device);
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
   // Teams need as many items in every sequence.
   if (!problem.cu_seqlens_q && environment("LEANATTN_NUM_UNITS").empty()) {
     const Items items = items_of(p);
     const std::string_view forced = environment("LEANATTN_LAYOUT");
+    // The fixed tree is not folded in clusters.
+    if (p.batch_invariant) machine.max_clusters = {};
     LayoutChoice choice = forced.empty() ? choose_layout(items, machine)
                                          : forced_layout(check, items, machine, forced);
     if (has_teams(choice.layout) && !p.is_uniform && problem.batch > 1) {
@@ -534,6 +536,8 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
     // What a sequence has on average; the lengths themselves are on the device.
     rows = ceil_div<int64_t>(problem.total_q, std::max(problem.batch, 1)) * problem.group_size;
   }
+  // Batch-invariant: by the model alone, not by the queries.
+  if (p.batch_invariant) rows = std::min<int64_t>(problem.group_size, kFoldRows);
   set_rows_per_item(problem, rows_per_item_for(rows));
   check_tiles(check, p);
   plan_layout(check, p, device);

@@ -12,6 +12,13 @@
 namespace leanattn {
 
 template <class Traits>
+[[noreturn]] void throw_too_little_memory() {
+  throw_error("leanattn: this device has too little shared memory for head dim " +
+              std::to_string(Traits::kHeadDim) + " with " + std::to_string(Traits::kRows) +
+              " query rows");
+}
+
+template <class Traits>
 const KernelSetup& setup_kernel(int device) {
   static std::array<KernelSetup, kMaxDevices> setups;
   KernelSetup& setup = setups.at(device);
@@ -21,11 +28,7 @@ const KernelSetup& setup_kernel(int device) {
   const int available = device_limits(device).shared_memory_bytes - Traits::kRingOffset;
   const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
   // One stage is slow but works: K is released before V needs the room.
-  if (num_stages < 1) {
-    throw_error("leanattn: this device has too little shared memory for head dim " +
-                std::to_string(Traits::kHeadDim) + " with " + std::to_string(Traits::kRows) +
-                " query rows");
-  }
+  if (num_stages < 1) throw_too_little_memory<Traits>();
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   setup.has_tma = attributes.ptxVersion >= 90 && device_limits(device).capability >= 90;
@@ -59,6 +62,7 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
           ? (setup.shared_memory_bytes - Traits::kRingOffset - Traits::kFoldBytes) /
                 Traits::kStageBytes
           : setup.num_stages;
+  if (num_stages < 1) throw_too_little_memory<Traits>();
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, num_stages),
              "cudaLaunchKernelEx");
 }
