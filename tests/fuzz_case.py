@@ -126,9 +126,11 @@ def draw(seed, index, device="cpu"):
     softcap = rng.choice([0.05, 2.0, 30.0, 20_000.0]) if likely(0.2) else 0.0
     scale_q = rng.choice([1.0, 1.0, 1.0, 0.3, 6.0])
     specials = tuple(kind for kind in ("q nan", "k nan", "v nan") if likely(0.05))
+    sinks = rng.choice(["finite", "finite", "some -inf", "large"]) if likely(0.25) else None
     # An infinite value of a key whose weight is all but zero is inf or NaN as the weight underflows
     # or not, which differs from dtype to dtype.
-    if alibi is None and softmax_scale is None and scale_q < 1 and likely(0.3):
+    mild = alibi is None and softmax_scale is None and scale_q < 1 and sinks != "large"
+    if mild and likely(0.3):
         specials += ("v inf",)
     packing, k_layout, v_layout = draw_cache_layouts(rng, device, dim, dim_v)
     return Case(
@@ -145,7 +147,7 @@ def draw(seed, index, device="cpu"):
         window_left=draw_window(rng, capacity) if window else -1,
         window_right=rng.choice([-1, 0]) if causal or not window else draw_window(rng, 12),
         softcap=softcap, alibi=alibi, slope=rng.choice([0.05, 0.05, -0.02, 30.0]),
-        sinks=rng.choice(["finite", "finite", "some -inf", "large"]) if likely(0.25) else None,
+        sinks=sinks,
         max_seqlen_q=rng.choice([1, 16, 1000]) if ragged and likely(0.5) else None,
         batch_invariant=likely(0.2), counters=likely(0.3),
         units=rng.choice([None, None, 1, 2, 3, 5, 16, 64, 1000]),
@@ -187,7 +189,7 @@ def draw_pages(rng, batch, capacity):
     )
     num_pages = batch * max_pages + rng.randint(0, 3)
     if table in ("shared prefix", "corrupted"):
-        num_pages = rng.randint(max(1, max_pages), max(1, num_pages))
+        num_pages = rng.randint(max(1, max_pages), max(1, max_pages, num_pages))
     if rng.random() < 0.02:
         num_pages = 0
     return page_size, max_pages, num_pages, table
