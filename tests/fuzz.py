@@ -264,6 +264,18 @@ def describe(case, error):
     )
 
 
+@contextlib.contextmanager
+def one_thread():
+    """The tensors of a case are small: threads of torch would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run(seed, indices, device="cpu", implementation=decode_with_lse):
     """The Tally of these cases."""
     tally = Tally()
@@ -284,12 +296,6 @@ def run(seed, indices, device="cpu", implementation=decode_with_lse):
     return tally
 
 
-def run_share(seed, first, cases, device, jobs):
-    """One process's cases: every jobs-th. The cases are small, so threads would only wait."""
-    torch.set_num_threads(1)
-    return run(seed, range(first, cases, jobs), device)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
@@ -303,14 +309,14 @@ def main():
     if options.case is not None:
         tally = run(options.seed, [options.case], options.device)
     elif options.jobs == 1:
-        tally = run_share(options.seed, 0, options.cases, options.device, 1)
+        tally = run(options.seed, range(options.cases), options.device)
     else:
         tally = Tally()
         # A CUDA context does not survive a fork.
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn) as pool:
             shares = [
-                pool.submit(run_share, options.seed, i, options.cases, options.device, options.jobs)
+                pool.submit(run, options.seed, range(i, options.cases, options.jobs), options.device)
                 for i in range(options.jobs)
             ]
             for share in concurrent.futures.as_completed(shares):

@@ -4,7 +4,6 @@ import collections
 import math
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import fuzz
@@ -14,6 +13,12 @@ import reference
 import torch
 
 CASES_EACH = 50
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with fuzz.one_thread():
+        yield
 
 
 @pytest.mark.parametrize("first", range(0, 300, CASES_EACH))
@@ -264,19 +269,20 @@ def test_not_supported_is_counted_apart(monkeypatch):
     assert len(fuzz.run(0, range(20), "cpu", refuse).failures) == 20
 
 
-def run_script(*arguments):
-    script = Path(fuzz.__file__)
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
-
-
-def test_the_script():
-    """A table of many cases from several processes; one case by its number; exit status 1 for a
-    failure, here a number that no device has."""
-    many = run_script("--cases", "6", "--jobs", "2")
+def test_the_script_with_several_processes():
+    """Their tallies make one table."""
+    command = [sys.executable, fuzz.__file__, "--cases", "6", "--jobs", "2"]
+    many = subprocess.run(command, capture_output=True, text=True)
     assert many.returncode == 0, many.stdout + many.stderr
     assert many.stdout.splitlines()[0].split() == ["cases", "6"]
-    one = run_script("--seed", "0", "--case", "1")
-    assert one.returncode == 0 and one.stdout.strip().startswith(("passed", "not supported"))
+
+
+def test_the_script_runs_one_case(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seed", "0", "--case", "1"])
+    with pytest.raises(SystemExit) as exited:
+        fuzz.main()
+    assert exited.value.code == 0
+    assert capsys.readouterr().out.startswith(("passed", "not supported"))
 
 
 def test_the_script_fails_where_a_case_fails(monkeypatch, capsys):
