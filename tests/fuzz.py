@@ -316,7 +316,9 @@ def main():
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn) as pool:
             shares = [
-                pool.submit(run, options.seed, range(i, options.cases, options.jobs), options.device)
+                pool.submit(
+                    run, options.seed, range(i, options.cases, options.jobs), options.device
+                )
                 for i in range(options.jobs)
             ]
             for share in concurrent.futures.as_completed(shares):

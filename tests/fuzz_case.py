@@ -275,9 +275,7 @@ def with_junk_strides(tensor, junk):
     """The tensor with another stride in its dimensions of size 1, where it means nothing."""
     if junk is None or tensor.shape[-1] == 1:
         return tensor
-    strides = [
-        junk if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())
-    ]
+    strides = [junk if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride())]
     return tensor.as_strided(tensor.shape, strides, tensor.storage_offset())
 
 

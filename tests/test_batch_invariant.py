@@ -13,26 +13,27 @@ from test_layouts import CACHE_LAYOUTS
 
 import leanattn
 
-pytestmark = pytest.mark.usefixtures("loader", "built")
+pytestmark = pytest.mark.usefixtures("loader", "built", "several_units")
 
 UNIT_COUNTS = [1, 2, 3, 5, 16, 64, 1000]
 
 # One long sequence of several chunks, whatever a chunk is; ends next to tiles; nothing; one token.
-LENGTHS = (1500, 0, 129, 1, 4099, 64, 777, 2048)
+LENGTHS = (700, 0, 129, 1, 2500, 64, 513, 1024)
 
 OPTIONS = {
     "mha": dict(heads=(2, 2)),
     "gqa": dict(heads=(8, 2)),
-    "71-heads-a-group": dict(heads=(71, 1), dims=(32, 32)),
-    "narrow-values": dict(heads=(4, 2), dims=(192, 128)),
+    "71-heads-a-group": dict(heads=(71, 1), dims=(16, 16)),
+    "narrow-values": dict(heads=(2, 1), dims=(192, 128)),
     "several-queries": dict(heads=(8, 2), seqlen_q=5),
     "not-causal": dict(heads=(4, 2), seqlen_q=3, causal=False),
     "ragged-queries": dict(heads=(4, 1), query_lengths=(3, 1, 0, 2, 7, 1, 16, 4)),
-    "window": dict(heads=(4, 2), seqlen_q=3, window_left=700),
+    "window": dict(heads=(4, 2), seqlen_q=3, window_left=400),
     "sinks": dict(heads=(4, 2), sinks=True),
-    "all-options": dict(heads=(6, 2), seqlen_q=2, window_left=1111, sinks=True, softcap=5.0,
+    "all-options": dict(heads=(6, 2), seqlen_q=2, window_left=600, sinks=True, softcap=5.0,
                         alibi="batch", softmax_scale=0.2),
 }  # fmt: skip
+FEW = ["gqa", "several-queries", "ragged-queries", "window", "sinks"]
 PER_SEQUENCE = ("q", "k_cache", "v_cache", "cache_seqlens")
 
 
@@ -46,6 +47,13 @@ def built(device):
     )
     if not supported and "not supported" in reason:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def several_units(device, force_units):
+    """On the CPU there may be one unit by default, and with one everything is invariant."""
+    if device == "cpu":
+        force_units(7)
 
 
 def invariant_case(device, dtype, name, lengths=LENGTHS, **more):
@@ -96,24 +104,23 @@ def assert_same_sequences(case, result, chosen, sequences):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_against_fp64(name, device, dtype, force_units):
     """Invariant and wrong would pass every other test of this file."""
-    for units in (None, 1, 7, 64):
-        if units is not None:
-            force_units(units)
+    for units in (1, 64):
+        force_units(units)
         case = invariant_case(device, dtype, name)
         del case["batch_invariant"]
         check(case, batch_invariant=True)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_alone_and_in_a_batch(name, device, dtype):
+def test_alone_and_in_a_batch(name, device):
     """A batch of one is given more units a sequence than a batch of eight."""
-    case = invariant_case(device, dtype, name)
+    case = invariant_case(device, sharp_dtype(device), name)
     result = run(case)
     for sequence in range(len(LENGTHS)):
         assert_same_sequences(case, result, select(case, [sequence]), [sequence])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", FEW)
 def test_any_place_in_the_batch(name, device):
     """Backwards, and shifted by one: every sequence in another place, beside others."""
     case = invariant_case(device, sharp_dtype(device), name)
@@ -133,9 +140,9 @@ def test_any_company(copies, device):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_any_number_of_units(name, device, dtype, force_units):
+def test_any_number_of_units(name, device, force_units):
     """Cuts through a sequence fall elsewhere, its sums may not."""
-    case = invariant_case(device, dtype, name)
+    case = invariant_case(device, sharp_dtype(device), name)
     out, lse = run(case)
     for units in UNIT_COUNTS:
         force_units(units)
@@ -155,7 +162,7 @@ def test_alone_under_many_units_is_in_a_batch_under_few(device, force_units):
             assert_same_sequences(case, result, select(case, [sequence]), [sequence])
 
 
-@pytest.mark.parametrize("name", ["gqa", "several-queries", "ragged-queries", "window", "sinks"])
+@pytest.mark.parametrize("name", FEW)
 def test_any_capacity(name, device):
     """None of the free room behind a sequence counts."""
     case = invariant_case(device, sharp_dtype(device), name)
@@ -167,7 +174,7 @@ def test_any_capacity(name, device):
 
 
 @pytest.mark.parametrize("name", ["gqa", "several-queries", "ragged-queries"])
-@pytest.mark.parametrize("length", [1, 128, 513, 4099])
+@pytest.mark.parametrize("length", [1, 128, 513])
 def test_length_given_or_not(name, length, device):
     """A full cache without cache_seqlens."""
     case = invariant_case(device, sharp_dtype(device), name, (length,) * 8, capacity=length)
@@ -180,15 +187,20 @@ def paged(case, page_size, order=None):
     return {**case, "k_cache": k_and_v[0], "v_cache": k_and_v[1], "block_table": table}
 
 
-@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("page_size", [1, 3, 8, 16, 24, 64, 256, 4096])
-def test_paged_is_contiguous(name, page_size, device):
-    """Any page size, in order or not; NaN in the pages that nobody has."""
-    case = invariant_case(device, sharp_dtype(device), name)
+def test_any_page_size_and_permutation(page_size, device, dtype):
+    """Pages in order or not; NaN in those that nobody has."""
+    case = invariant_case(device, dtype, "several-queries")
     pages = paged(case, page_size)["k_cache"].shape[0]
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(page_size))
     for changed in (paged(case, page_size), paged(case, page_size, order)):
         assert_same_result(case, changed)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_paged_is_contiguous(name, device):
+    case = invariant_case(device, sharp_dtype(device), name)
+    assert_same_result(case, paged(case, 16))
 
 
 def test_pages_under_any_number_of_units(device, force_units):
@@ -253,7 +265,7 @@ def test_queries_ragged_or_not(rows, device):
     assert_same_bits(mixed_lse[:rows], lse[0])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", FEW)
 def test_what_no_row_sees_changes_no_bit(name, device):
     """NaN and zeros behind a sequence and before its window."""
     case = invariant_case(device, sharp_dtype(device), name, poison=0.0)

@@ -240,7 +240,9 @@ def test_what_is_written_beside_out_is_seen():
     seen = 0
     for index in range(40):
         case = fuzz_case.draw(5, index)
-        out, lse, assert_only_output_written = fuzz.output_memory(case, fuzz_case.build(case), "cpu")
+        out, lse, assert_only_output_written = fuzz.output_memory(
+            case, fuzz_case.build(case), "cpu"
+        )
         out.fill_(1.0)
         assert_only_output_written()
         memory = fuzz.storage(out)
