@@ -20,13 +20,13 @@ import sys
 import time
 
 import torch
-from fuzz_case import INT32_MAX, Memory, build, dense, draw
+from fuzz_case import INT32_MAX, Memory, build, dense, draw, take_back_last_rows
 from reference import assert_close, assert_same_bits
 
 import leanattn
 
 # Features that may still say "not supported". Take a name out when its feature is built.
-NOT_BUILT = {"paged", "batch_invariant"}
+NOT_BUILT = {"paged", "batch_invariant", "append_kv"}
 
 FEATURES = {
     **{dtype: lambda case, dtype=dtype: case.dtype == dtype for dtype in ("fp16", "bf16", "fp32")},
@@ -86,6 +86,8 @@ FEATURES = {
         (case.window_left >= 0, case.softcap != 0, case.alibi is not None, case.sinks is not None,
          case.softmax_scale is not None, case.offsets is not None, case.page_size is not None)),
     "batch_invariant": lambda case: case.batch_invariant,
+    "append_kv": lambda case: case.appended is not None,
+    "append_kv, ragged": lambda case: len(set(case.appended or ())) > 1,
     "counters": lambda case: case.counters,
     "forced units": lambda case: case.units is not None,
     "poison": lambda case: case.poison is not None,
@@ -106,6 +108,13 @@ class NotSupported(Exception):
 def decode_with_lse(**arguments):
     """What the fuzzer tests, unless it is given something else."""
     return torch.ops.leanattn.decode_with_lse(**arguments)
+
+
+def append_kv(**arguments):
+    """Likewise; writes into the caches."""
+    if not hasattr(torch.ops.leanattn, "append_kv"):
+        raise RuntimeError("leanattn::append_kv: append_kv is not supported yet")
+    torch.ops.leanattn.append_kv(**arguments)
 
 
 @contextlib.contextmanager
@@ -143,12 +152,13 @@ def moved(arguments, device):
 
 
 def assert_inputs_unchanged(arguments, before):
+    """All of their memory has the bits it was made with; what append_kv brought back too."""
     for name, tensor in before.items():
         if isinstance(tensor, torch.Tensor):
             try:
                 assert_same_bits(storage(arguments[name]).cpu(), storage(tensor))
             except AssertionError as error:
-                raise AssertionError(f"the op has written to {name}: {error}") from None
+                raise AssertionError(f"{name} is not as it was made: {error}") from None
 
 
 def output_memory(case, arguments, device):
@@ -192,7 +202,7 @@ def assert_same_under_other_units(case, arguments, out, lse):
     assert_same_bits(again_lse, lse)
 
 
-def check(case, implementation=decode_with_lse):
+def check(case, implementation=decode_with_lse, append=append_kv):
     """Raises what is wrong: AssertionError, NotSupported, or whatever the op itself raised."""
     inputs = build(case)
     arguments = moved(inputs, case.device)
@@ -200,6 +210,8 @@ def check(case, implementation=decode_with_lse):
         arguments["counters"] = leanattn.counters(case.device, 1024)
     with environment(case):
         try:
+            if case.appended is not None:
+                append(**take_back_last_rows(case, inputs, arguments))
             out, lse = implementation(**arguments)
         except (RuntimeError, ValueError) as error:
             used = [feature for feature in sorted(NOT_BUILT) if FEATURES[feature](case)]
@@ -276,14 +288,14 @@ def one_thread():
 
 
 @one_thread()
-def run(seed, indices, device="cpu", implementation=decode_with_lse):
+def run(seed, indices, device="cpu", implementation=decode_with_lse, append=append_kv):
     """The Tally of these cases."""
     tally = Tally()
     for index in indices:
         case = draw(seed, index, device)
         tally.cases += 1
         try:
-            check(case, implementation)
+            check(case, implementation, append)
         except NotSupported as error:
             tally.not_supported[reason(error)] += 1
         except Exception as error:

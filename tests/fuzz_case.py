@@ -55,6 +55,7 @@ class Case:
     total_q: int
     capacity: int  # tokens that a sequence can hold
     lengths: tuple | None
+    appended: tuple | None  # tokens of each sequence that append_kv is to write before
     page_size: int | None
     max_pages: int
     num_pages: int
@@ -133,11 +134,23 @@ def draw(seed, index, device="cpu"):
     if mild and likely(0.3):
         specials += ("v inf",)
     packing, k_layout, v_layout = draw_cache_layouts(rng, device, dim, dim_v)
+    if packing == "V in K":
+        # Nor is it said what an infinite key gives.
+        specials = tuple(kind for kind in specials if kind != "v inf")
+    lengths = None if likely(0.08) else draw_lengths(rng, batch, capacity, page_size)
+    # Rows can be appended where each has memory of its own.
+    own_memory = packing != "V in K" and table in (None, "in order", "shuffled")
+    own_memory = own_memory and k_layout.expanded is None and v_layout.expanded is None
+    appended = None
+    if lengths and own_memory and likely(0.3):
+        appended = tuple(rng.choice([0, 1, 1, 2, 5]) for _ in range(batch))
+        if likely(0.5):
+            appended = (rng.choice([1, 1, 3]),) * batch
     return Case(
         seed=seed, index=index, device=device, op=rng.choice(OPS), dtype=dtype, batch=batch,
         heads=(group_size * heads_kv, heads_kv), dims=(dim, dim_v), seqlen_q=seqlen_q,
         offsets=offsets, total_q=total_q, capacity=capacity,
-        lengths=None if likely(0.08) else draw_lengths(rng, batch, capacity, page_size),
+        lengths=lengths, appended=appended,
         page_size=page_size, max_pages=max_pages, num_pages=num_pages, table=table,
         table_strides=likely(0.3), packing=packing,
         q_layout=draw_layout(rng, device, 4 if seqlen_q is not None else 3),
@@ -294,6 +307,52 @@ def dense(arguments):
         for name in ("k_cache", "v_cache"):
             arguments[name] = gather_pages(arguments[name], block_table)
     return arguments
+
+
+def token_places(case, block_table, sequence, tokens):
+    """Indices into the first two dimensions of the caches, for tokens `[n]` of a sequence."""
+    if case.page_size is None:
+        return torch.full_like(tokens, sequence), tokens
+    pages = block_table[sequence, tokens // case.page_size].long()
+    return pages.clamp(0, case.num_pages - 1), tokens % case.page_size
+
+
+def take_back_last_rows(case, inputs, arguments):
+    """Erases the last tokens of each sequence from the caches in `arguments`, copies of those in
+    `inputs`, and returns the arguments of append_kv that bring them back.
+
+    A full sequence gets two rows more, which lie beyond the capacity and must not be written.
+    """
+    table = inputs.get("block_table")
+    lengths = clamped_lengths(inputs["cache_seqlens"], case.batch, case.capacity)
+    before, rows = [], {"k": [], "v": []}
+    for sequence, (length, count) in enumerate(zip(lengths, case.appended)):
+        count = min(count, length)
+        before.append(length - count)
+        places = token_places(case, table, sequence, torch.arange(length - count, length))
+        beyond = 2 if length == case.capacity else 0
+        for name in rows:
+            cache = inputs[f"{name}_cache"]
+            taken = cache[places]
+            rows[name].append(torch.cat([taken, taken.new_full((beyond, *taken.shape[1:]), 9.0)]))
+            device = arguments[f"{name}_cache"].device
+            arguments[f"{name}_cache"][tuple(index.to(device) for index in places)] = 5.0
+    counts = [len(part) for part in rows["k"]]
+    options = {}
+    if len(set(counts)) == 1:
+        k, v = (torch.stack(rows[name]) for name in "kv")
+    else:
+        no_rows = [inputs[f"{name}_cache"].new_empty(0, *inputs[f"{name}_cache"].shape[2:])
+                   for name in "kv"]  # fmt: skip
+        k, v = (torch.cat([empty, *rows[name]]) for empty, name in zip(no_rows, "kv"))
+        offsets = torch.tensor([0, *counts]).cumsum(0).int()
+        options["cu_seqlens"] = offsets.to(device)
+    before = torch.tensor(before, dtype=torch.int32, device=arguments["k_cache"].device)
+    return dict(
+        k=k.to(before.device), v=v.to(before.device), k_cache=arguments["k_cache"],
+        v_cache=arguments["v_cache"], cache_seqlens=before,
+        block_table=arguments.get("block_table"), **options,
+    )  # fmt: skip
 
 
 class Builder:
@@ -454,11 +513,9 @@ class Builder:
 
     def place(self, sequence, token):
         """Where a token lies in the first two dimensions of the caches."""
-        if self.case.page_size is None:
-            return sequence, token
-        page, slot = divmod(token, self.case.page_size)
-        page = int(self.arguments["block_table"][sequence, page])
-        return min(max(page, 0), self.case.num_pages - 1), slot
+        table = self.arguments.get("block_table")
+        places = token_places(self.case, table, sequence, torch.tensor([token]))
+        return tuple(int(index) for index in places)
 
     def boundary_token(self, begin, end, length):
         """A token at an edge of what a row sees, of a tile or of a page; inside or just outside."""
@@ -510,14 +567,9 @@ class Builder:
 
     def poison_unseen_keys(self):
         seen = torch.zeros(self.arguments["k_cache"].shape[:2], dtype=torch.bool)
+        table = self.arguments.get("block_table")
         for sequence, _, begin, end in self.sights:
-            if self.case.page_size is None:
-                seen[sequence, begin:end] = True
-                continue
-            tokens = torch.arange(begin, end)
-            pages = self.arguments["block_table"][sequence, tokens // self.case.page_size].long()
-            pages = pages.clamp(0, self.case.num_pages - 1)
-            seen[pages, tokens % self.case.page_size] = True
+            seen[token_places(self.case, table, sequence, torch.arange(begin, end))] = True
         for written in (self.k_written, self.v_written):
             unseen = ~seen
             for dim in (0, 1):

@@ -1,4 +1,4 @@
-"""Paged caches in plain torch: pages gathered to a dense cache, and a dense cache cut into pages."""
+"""Paged caches in plain torch: pages gathered to a dense cache, a dense cache cut into pages."""
 
 import torch
 

@@ -70,9 +70,50 @@ def truth(**arguments):
     return out.to(arguments["q"].dtype), lse.float()
 
 
+def true_append(shift=0, clamp=False, ragged=True, **arguments):
+    """append_kv in plain torch; what it is given besides the op's arguments breaks it."""
+    block_table, offsets = arguments["block_table"], arguments.get("cu_seqlens")
+    for sequence, length in enumerate(arguments["cache_seqlens"].tolist()):
+        for name in ("k", "v"):
+            cache, rows = arguments[f"{name}_cache"], arguments[name]
+            if offsets is not None:
+                begin, end = offsets[sequence : sequence + 2].tolist()
+                rows = rows[begin:end] if ragged else rows[sequence : sequence + end - begin]
+            else:
+                rows = rows[sequence]
+            capacity, page_size = cache.shape[1], None
+            if block_table is not None:
+                page_size = cache.shape[1]
+                capacity = block_table.shape[1] * page_size if len(cache) else 0
+            for i, row in enumerate(rows, length + shift):
+                i = min(i, capacity - 1) if clamp else i
+                if 0 <= i < capacity and page_size is None:
+                    cache[sequence, i] = row
+                elif 0 <= i < capacity:
+                    cache[block_table[sequence, i // page_size], i % page_size] = row
+
+
+@pytest.mark.parametrize("broken", [dict(shift=1), dict(clamp=True), dict(ragged=False)],
+                         ids=lambda broken: next(iter(broken)))  # fmt: skip
+def test_a_broken_append_is_caught(broken):
+    """Rows one off, rows beyond the capacity written onto the last, offsets ignored."""
+
+    def append(**arguments):
+        true_append(**broken, **arguments)
+
+    for index in range(300):
+        tally = fuzz.run(0, [index], "cpu", truth, append)
+        if tally.failures:
+            assert (
+                "_cache is not as it was made" in tally.failures[0] or "out[" in tally.failures[0]
+            )
+            return
+    pytest.fail(f"append_kv with {broken} passes 300 cases")
+
+
 def test_the_truth_passes():
     """Else a failure would say nothing. Pages and all, whether the library has them or not."""
-    tally = fuzz.run(2, range(60), "cpu", truth)
+    tally = fuzz.run(2, range(60), "cpu", truth, true_append)
     assert not tally.failures, "\n".join(tally.failures)
     assert tally.passed["all"] == 60
 
@@ -226,7 +267,7 @@ BROKEN = {
 def test_a_broken_library_is_caught(name):
     """Each mistake within 300 cases, most within 20, by a line that reproduces it."""
     for index in range(300):
-        tally = fuzz.run(0, [index], "cpu", BROKEN[name])
+        tally = fuzz.run(0, [index], "cpu", BROKEN[name], true_append)
         if tally.failures:
             line, arguments, message = tally.failures[0].splitlines()[:3]
             assert line == f"python tests/fuzz.py --seed 0 --case {index} --device cpu"
@@ -262,13 +303,13 @@ def test_not_supported_is_counted_apart(monkeypatch):
         raise RuntimeError("leanattn::decode: block_table is not supported yet: got [3, 4]")
 
     monkeypatch.setattr(fuzz, "NOT_BUILT", {"paged"})
-    tally = fuzz.run(0, range(20), "cpu", refuse)
+    tally = fuzz.run(0, range(20), "cpu", refuse, true_append)
     paged = sum(fuzz_case.draw(0, index).page_size is not None for index in range(20))
     assert tally.not_supported == {"block_table is not supported yet: got [N, N]": paged}
     assert len(tally.failures) == 20 - paged > 0 and not tally.passed
 
     monkeypatch.setattr(fuzz, "NOT_BUILT", set())
-    assert len(fuzz.run(0, range(20), "cpu", refuse).failures) == 20
+    assert len(fuzz.run(0, range(20), "cpu", refuse, true_append).failures) == 20
 
 
 def test_the_script_with_several_processes():
