@@ -197,20 +197,47 @@ def test_the_cpu_takes_any_strides(odd):
     assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("name", ["cache_seqlens", "cu_seqlens_q", "sinks", "alibi_slopes"])
-def test_small_tensors_with_strides_are_never_misread(name, device):
-    """A column of a matrix instead of a vector: read by its stride, or refused by name."""
+def column_of_three(x):
+    """Every third number of memory whose other numbers would be wrong ones."""
+    wide = torch.full((*x.shape, 3), 99, dtype=x.dtype, device=x.device)
+    return fill(wide[..., 1], x)
+
+
+def columns_first(x):
+    """A matrix whose columns, not its rows, are one behind the other."""
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.parametrize(
+    "name, strided",
+    [
+        ("cache_seqlens", column_of_three),
+        ("cu_seqlens_q", column_of_three),
+        ("sinks", column_of_three),
+        ("alibi_slopes", column_of_three),
+        ("alibi_slopes", columns_first),
+    ],
+)
+def test_small_tensors_of_any_strides(name, strided, device):
+    """Read by their strides: the bits are those of the contiguous ones."""
     case = make_case(
         device, sharp_dtype(device), query_lengths=(2, 1, 4), sinks=True, alibi="batch"
     )
-    wide = torch.full((*case[name].shape, 3), 99, dtype=case[name].dtype, device=device)
-    strided = fill(wide[..., 1], case[name])
-    try:
-        out, lse = run({**case, name: strided})
-    except (RuntimeError, ValueError) as error:
-        assert name in str(error)
-        return
-    assert_close(out, lse, **case)
+    expected, expected_lse = run(case)
+    assert_close(expected, expected_lse, **case)
+    out, lse = run({**case, name: strided(case[name])})
+    assert_same_bits(out, expected)
+    assert_same_bits(lse, expected_lse)
+
+
+@pytest.mark.parametrize("name", ["cache_seqlens", "sinks", "alibi_slopes"])
+def test_stride_zero_in_small_tensors(name, device):
+    """One length for all sequences, one sink for all heads, one row of slopes."""
+    case = make_case(
+        device, sharp_dtype(device), lengths=(77, 77, 77), seqlen_q=2, sinks=True, alibi="batch"
+    )
+    expanded = case[name][:1].expand_as(case[name])
+    assert_same_result({**case, name: expanded.contiguous()}, {**case, name: expanded})
 
 
 def test_layouts_under_forced_units(device, force_units):

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from cases import check, int32, make_case, offsets, run, sharp_dtype
+from cases import int32, make_case, offsets, run, sharp_dtype
 from reference import assert_close, assert_same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -254,12 +254,17 @@ def test_without_autograd(guard, device):
         assert_same_bits(OPS.decode(**made_inside), expected)
 
 
-def test_calls_from_several_threads(device):
-    """Python threads call at once, each with its own inputs: nothing is shared."""
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counters"])
+def test_calls_from_several_threads(counted, device, force_units):
+    """Python threads call at once, each with its own inputs and counters: nothing is shared."""
+    force_units(5)
     cases = [
         make_case(device, sharp_dtype(device), lengths=(300 + 50 * i, 5), seed=i) for i in range(6)
     ]
     expected = [run(case) for case in cases]
+    if counted:
+        for case in cases:
+            case["counters"] = leanattn.counters(torch.device(device), 256)
     results = [None] * len(cases)
 
     def work(i):
@@ -433,6 +438,38 @@ def test_several_streams_at_once(counted, device, loader, force_units):
         for again_out, again_lse in collected:
             assert_same_bits(again_out, out)
             assert_same_bits(again_lse, lse)
+    for case in cases:
+        assert not counted or (case["counters"] == 0).all()
+
+
+@pytest.mark.gpu
+def test_counters_go_from_stream_to_stream(device, loader, force_units):
+    """One tensor for calls that follow each other, on whatever stream and in a graph or not."""
+    force_units(40)
+    case = make_case(device, torch.bfloat16, lengths=(3000, 40), heads=(8, 1))
+    expected, expected_lse = run(case)
+    counters = leanattn.counters(torch.device(device), 256)
+    case["counters"] = counters
+    out, lse = output_buffers(case)
+    graph = capture(case, out, lse)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    previous = torch.cuda.current_stream()
+    results = []
+    for i in range(30):
+        stream = streams[i % 3]
+        stream.wait_stream(previous)
+        with torch.cuda.stream(stream):
+            if i % 2 == 0:
+                results.append(run(case))
+            else:
+                graph.replay()
+                results.append((out.clone(), lse.clone()))
+        previous = stream
+    torch.cuda.synchronize()
+    for again_out, again_lse in results:
+        assert_same_bits(again_out, expected)
+        assert_same_bits(again_lse, expected_lse)
+    assert (counters == 0).all()
 
 
 @pytest.mark.gpu
