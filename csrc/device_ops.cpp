@@ -3,6 +3,7 @@
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
+#include "cuda/merge.h"
 #include "cuda_stream.h"
 #endif
 
@@ -24,6 +25,7 @@ std::string build_info() { return LEANATTN_VERSION ";" LEANATTN_ARCHS; }
 void warmup(int64_t device_index) {
   const DeviceGuard guard(static_cast<int>(device_index));
   warm_up(static_cast<int>(device_index));
+  warm_up_merge();
 }
 
 int64_t max_units(int64_t device_index) {

@@ -5,6 +5,7 @@
 
 #include "decode.h"
 #include "device_ops.h"
+#include "merge.h"
 #include "schedule_op.h"
 
 #define LEANATTN_DECODE_SCHEMA                                                                     \
@@ -20,6 +21,7 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("decode_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("decode_with_lse_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("decode_check(" LEANATTN_DECODE_SCHEMA ") -> ()");
+  m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
       "schedule(Tensor cache_seqlens, int num_heads_kv, int group_size, int capacity, int head_dim, "
       "int num_units, int rows_per_item, int seqlen_q=1, Tensor? cu_seqlens_q=None, "
@@ -39,12 +41,14 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CPU, m) {
   LEANATTN_IMPLEMENT_DECODE(m);
+  m.impl("merge_states", TORCH_BOX(&leanattn::merge_states));
   m.impl("schedule", TORCH_BOX(&leanattn::schedule));
 }
 
 // Without kernels too: the error of a CPU-only build is better than the dispatcher's.
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CUDA, m) {
   LEANATTN_IMPLEMENT_DECODE(m);
+  m.impl("merge_states", TORCH_BOX(&leanattn::merge_states));
   m.impl("read_floor", TORCH_BOX(&leanattn::read_floor));
 }
 

@@ -98,6 +98,30 @@ def decode(
     return out, lse
 
 
+def merge_states(outs, lses):
+    """Merge attention results over disjoint sets of keys into the result over all of them.
+
+    `out = sum(exp(lse_i) * out_i) / sum(exp(lse_i))` and `lse = log(sum(exp(lse_i)))`, in fp32 and
+    in the order of the states: LeanAttention's softmax re-scaling (arXiv 2405.10480, section IV-A).
+    With sinks, give them to one of the partial calls only. docs/append.md has an example.
+
+    Args:
+        outs: `[n, ..., D]`, float16, bfloat16 or float32, the normalised partial outputs. Any
+            strides; a copy is made only where the last dimension is not contiguous or more than
+            four of those between cannot be joined.
+        lses: `[n, ...]` float32, natural logarithm, any strides. -inf and +inf (FlashAttention's)
+            mean that the state saw no key: it has no weight, whatever its out holds.
+
+    Returns:
+        (out `[..., D]` in outs' dtype, lse `[...]` float32), contiguous. Where no state saw a key,
+        or n is 0: out 0, lse -inf.
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+    """
+    return _ops.merge_states(outs, lses)
+
+
 def counters(device, n=None):
     """Int32 zeros for the `counters` argument of `decode`; every call leaves them zero.
 
@@ -132,12 +156,13 @@ def _index(device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _check_devices(op, q, tensors):
+def _check_devices(op, other, tensors, other_name="q"):
     # The C++ checks do not run on fake and meta tensors.
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+        if isinstance(tensor, torch.Tensor) and tensor.device != other.device:
             raise RuntimeError(
-                f"leanattn::{op}: {name} must be on q's device, {q.device}, got {tensor.device}"
+                f"leanattn::{op}: {name} must be on {other_name}'s device, {other.device}, "
+                f"got {tensor.device}"
             )
 
 
@@ -178,6 +203,12 @@ def _(*args, **kwargs):
     _fake_out("decode_with_lse_out", args, kwargs)
 
 
+@torch.library.register_fake("leanattn::merge_states")
+def _(outs, lses):
+    _check_devices("merge_states", outs, {"lses": lses}, "outs")
+    return outs.new_empty(outs.shape[1:]), outs.new_empty(outs.shape[1:-1], dtype=torch.float32)
+
+
 class _NoBackward(torch.autograd.Function):
     """Passes an op's outputs on, so that a backward through them says what to use instead."""
 
@@ -213,3 +244,4 @@ def _register_missing_backward(op):
 _autograd_kernels = torch.library.Library("leanattn", "IMPL")
 _register_missing_backward(_ops.decode.default)
 _register_missing_backward(_ops.decode_with_lse.default)
+_register_missing_backward(_ops.merge_states.default)
