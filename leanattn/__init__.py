@@ -7,4 +7,12 @@ from leanattn.ops import counters, decode, is_supported, merge_states, warmup
 from leanattn.schedule import schedule
 from leanattn.ops import __version__
 
-__all__ = ["__version__", "counters", "decode", "is_supported", "merge_states", "schedule", "warmup"]
+__all__ = [
+    "__version__",
+    "counters",
+    "decode",
+    "is_supported",
+    "merge_states",
+    "schedule",
+    "warmup",
+]

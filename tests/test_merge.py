@@ -195,14 +195,14 @@ def test_two_halves_equal_the_whole(cut, device, dtype):
 
 
 MISTAKES = {
-    "outs-float64": (dict(outs=((3, 4, 8), torch.float64)), "outs", (torch.float64,)),
-    "lses-half": (dict(lses=((3, 4), torch.float16)), "lses", (torch.float16,)),
-    "lses-float64": (dict(lses=((3, 4), torch.float64)), "lses", (torch.float64,)),
-    "outs-1d": (dict(outs=((3,), torch.float32)), "outs", ((3,),)),
-    "lses-rows": (dict(lses=((3, 5), torch.float32)), "lses", ((3, 5), (3, 4))),
-    "lses-states": (dict(lses=((2, 4), torch.float32)), "lses", ((2, 4), (3, 4))),
-    "lses-rank": (dict(lses=((3, 4, 1), torch.float32)), "lses", ((3, 4, 1),)),
-    "no-head-dim": (dict(outs=((3, 4, 0), torch.float32)), "outs", ((3, 4, 0),)),
+    "outs-float64": ("outs", ((3, 4, 8), torch.float64), (torch.float64,)),
+    "lses-half": ("lses", ((3, 4), torch.float16), (torch.float16,)),
+    "lses-float64": ("lses", ((3, 4), torch.float64), (torch.float64,)),
+    "outs-1d": ("outs", ((3,), torch.float32), ((3,),)),
+    "lses-rows": ("lses", ((3, 5), torch.float32), ((3, 5), (3, 4))),
+    "lses-states": ("lses", ((2, 4), torch.float32), ((2, 4), (3, 4))),
+    "lses-rank": ("lses", ((3, 4, 1), torch.float32), ((3, 4, 1),)),
+    "no-head-dim": ("outs", ((3, 4, 0), torch.float32), ((3, 4, 0),)),
 }
 
 
