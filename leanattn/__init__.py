@@ -3,9 +3,8 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
-from leanattn.ops import counters, decode, is_supported, merge_states, warmup
+from leanattn.ops import __version__, counters, decode, is_supported, merge_states, warmup
 from leanattn.schedule import schedule
-from leanattn.ops import __version__
 
 __all__ = [
     "__version__",
