@@ -1,6 +1,7 @@
 #include "device_ops.h"
 
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/append.h"
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda/merge.h"
@@ -25,6 +26,7 @@ std::string build_info() { return LEANATTN_VERSION ";" LEANATTN_ARCHS; }
 void warmup(int64_t device_index) {
   const DeviceGuard guard(static_cast<int>(device_index));
   warm_up(static_cast<int>(device_index));
+  warm_up_append();
   warm_up_merge();
 }
 

@@ -61,7 +61,6 @@ LEANATTN_HD bool saw_nothing(float lse) { return lse == -kNegativeInfinity || ls
 // The maximum over a row's lses; -inf where no state saw a key, NaN is passed over.
 LEANATTN_HD float merge_base(const MergeParams& p, const MergeRow& row) {
   float base = kNegativeInfinity;
-#pragma unroll 4
   for (int i = 0; i < p.num_states; ++i) {
     const float lse = p.lses[row.lses_offset + i * p.lses_state_stride];
     if (!saw_nothing(lse)) base = fmaxf(base, lse);

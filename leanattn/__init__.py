@@ -3,15 +3,26 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
-from leanattn.ops import __version__, counters, decode, is_supported, merge_states, warmup
+from leanattn.ops import (
+    __version__,
+    append_kv,
+    counters,
+    decode,
+    is_supported,
+    merge_states,
+    rope_append_kv,
+    warmup,
+)
 from leanattn.schedule import schedule
 
 __all__ = [
     "__version__",
+    "append_kv",
     "counters",
     "decode",
     "is_supported",
     "merge_states",
+    "rope_append_kv",
     "schedule",
     "warmup",
 ]
