@@ -193,7 +193,7 @@ def check(call):
     assert torch.equal(bits(v_cache), bits(wanted_v)), "v_cache"
     exact = ~inexact
     assert torch.equal(bits(k_cache)[exact], bits(wanted_k)[exact]), "k_cache"
-    largest = max((call[n].abs().max().item() for n in ("k", "q") if n in call and len(call[n])),
+    largest = max((call[n].abs().max().item() for n in ("k", "q") if n in call and call[n].numel()),
                   default=0)  # fmt: skip
     if inexact.any():
         scales = before.get("k_scale", torch.ones(1)).min().item()
@@ -856,9 +856,10 @@ def test_opcheck(paging, name, device):
     torch.library.opcheck(OPS.rope_append_kv.default, (), call)
 
 
-def attention_step(qkv, k_cache, v_cache, cache_seqlens, cos, sin):
-    """One layer's step: everything between the projections."""
+def attention_step(qkv, storage, cache_seqlens, cos, sin):
+    """One layer's step, everything between the projections; K and V packed, or two caches."""
     q, k, v = (qkv * 2).split([4, 2, 2], dim=2)
+    k_cache, v_cache = storage if isinstance(storage, tuple) else storage.split(64, -1)
     leanattn.rope_append_kv(q, k, v, k_cache, v_cache, cache_seqlens, None, cos, sin)
     out = leanattn.decode(q, k_cache, v_cache, cache_seqlens + q.shape[1])
     return out + 1, q * 3
@@ -876,16 +877,14 @@ def test_compile(backend, packed, device):
     for batch in (2, 3):
         dtype = sharp_dtype(device)
         call = make_call(device, dtype, batch=batch, rotary_dim=64)
-        storage = torch.zeros(2, batch, 24, 2, 128, dtype=dtype, device=device)
         qkv = torch.randn(batch, 2, 8, 64, device=device).to(dtype)
         results = []
-        for i, step_function in enumerate((attention_step, compiled)):
-            if packed:
-                caches = storage[i].split(64, -1)
-            else:
-                caches = storage[i, ..., :64].clone(), storage[i, ..., 64:].clone()
+        for step_function in (attention_step, compiled):
+            storage = torch.zeros(batch, 24, 2, 128, dtype=dtype, device=device)
+            caches = storage if packed else tuple(x.clone() for x in storage.split(64, -1))
             rest = (call["cache_seqlens"], call["cos"], call["sin"])
-            results.append((*step_function(qkv, *caches, *rest), *caches))
+            out = step_function(qkv, caches, *rest)
+            results.append((*out, *(storage.split(64, -1) if packed else caches)))
         assert (results[0][2] != 0).any()
         for actual, wanted in zip(results[1], results[0]):
             torch.testing.assert_close(actual, wanted, rtol=2e-3, atol=1e-6)
