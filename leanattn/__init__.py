@@ -3,6 +3,7 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
+from leanattn.flash_attn import flash_attn_with_kvcache
 from leanattn.ops import (
     __version__,
     append_kv,
@@ -20,6 +21,7 @@ __all__ = [
     "append_kv",
     "counters",
     "decode",
+    "flash_attn_with_kvcache",
     "is_supported",
     "merge_states",
     "rope_append_kv",
