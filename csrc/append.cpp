@@ -61,9 +61,8 @@ void check_devices(const Checker& check, const Arguments& a) {
   check.require(a.k.is_cpu(), "k", "is on ", device_string(a.k),
                 ", but leanattn was built without CUDA; allowed is cpu");
 #endif
-  for_each_tensor(a, [&](const Tensor& t, const char* name) {
-    check.same_device(t, name, a.k, "k");
-  });
+  for_each_tensor(a,
+                  [&](const Tensor& t, const char* name) { check.same_device(t, name, a.k, "k"); });
 }
 
 bool is_fp8(ScalarType type) {
@@ -112,7 +111,8 @@ int64_t batch_of(const Arguments& a) {
 void check_new_rows(const Checker& check, const Arguments& a, const Tensor& t, const char* name) {
   const int64_t dims = t.dim();
   if (a.cu_seqlens) {
-    check.require(dims == 3, name, "must be [total, num_heads, head_dim] with cu_seqlens, got shape ",
+    check.require(dims == 3, name,
+                  "must be [total, num_heads, head_dim] with cu_seqlens, got shape ",
                   shape_string(t));
     return;
   }
@@ -121,8 +121,8 @@ void check_new_rows(const Checker& check, const Arguments& a, const Tensor& t, c
                 "got shape ",
                 shape_string(t));
   check.require(t.size(0) == batch_of(a), name, "must have ",
-                a.block_table ? "block_table's" : "k_cache's", " batch, ", batch_of(a), ", got shape ",
-                shape_string(t));
+                a.block_table ? "block_table's" : "k_cache's", " batch, ", batch_of(a),
+                ", got shape ", shape_string(t));
 }
 
 // That a tensor has k's tokens.
@@ -166,7 +166,8 @@ void check_shapes(const Checker& check, const Arguments& a) {
     check.require(t.size(dims - 2) == heads_kv, name, "must have ", cache_name, "'s ", heads_kv,
                   " heads, got ", t.size(dims - 2));
     check.require(t.size(dims - 1) == cache.size(3) && t.size(dims - 1) >= 1, name, "must have ",
-                  cache_name, "'s head dim, ", cache.size(3), ", at least 1, got ", t.size(dims - 1));
+                  cache_name, "'s head dim, ", cache.size(3), ", at least 1, got ",
+                  t.size(dims - 1));
   };
   row(a.k, "k", a.k_cache, "k_cache");
   row(a.v, "v", a.v_cache, "v_cache");
@@ -247,11 +248,16 @@ ElementType element_type(ScalarType type) {
 
 CacheType cache_type(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return CacheType::kFloat32;
-    case ScalarType::Half: return CacheType::kFloat16;
-    case ScalarType::BFloat16: return CacheType::kBFloat16;
-    case ScalarType::Float8_e4m3fn: return CacheType::kFloat8E4M3;
-    default: return CacheType::kFloat8E5M2;
+    case ScalarType::Float:
+      return CacheType::kFloat32;
+    case ScalarType::Half:
+      return CacheType::kFloat16;
+    case ScalarType::BFloat16:
+      return CacheType::kBFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return CacheType::kFloat8E4M3;
+    default:
+      return CacheType::kFloat8E5M2;
   }
 }
 
@@ -262,8 +268,8 @@ Rows cache_rows(const Tensor& t) {
   return {t.mutable_data_ptr(), stride_of(t, 0), stride_of(t, 1), stride_of(t, 2), stride_of(t, 3)};
 }
 
-// [B, Sn, heads, dim], [B, heads, dim], or [total, heads, dim] with cu_seqlens. `data` apart, for only
-// q is written to.
+// [B, Sn, heads, dim], [B, heads, dim], or [total, heads, dim] with cu_seqlens. `data` apart, for
+// only q is written to.
 Rows new_rows(const Arguments& a, const Tensor& t, const void* data) {
   const int64_t dims = t.dim();
   Rows rows{const_cast<void*>(data), 0, 0, stride_of(t, dims - 2), stride_of(t, dims - 1)};
@@ -276,9 +282,7 @@ Rows new_rows(const Arguments& a, const Tensor& t, const void* data) {
   return rows;
 }
 
-const int32_t* int_data(const Tensor& t) {
-  return static_cast<const int32_t*>(t.const_data_ptr());
-}
+const int32_t* int_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
 Scales make_scales(const OptionalTensor& t) {
   if (!t) return {nullptr, 0, 0};
@@ -351,8 +355,8 @@ void run_cpu(const Checker& check, const AppendParams& p) {
       return copy;
     });
   }
-  const int64_t token_work = int64_t{p.num_heads_q + p.num_heads_kv} * p.head_dim +
-                             int64_t{p.num_heads_kv} * p.head_dim_v;
+  const int64_t token_work =
+      int64_t{p.num_heads_q + p.num_heads_kv} * p.head_dim + int64_t{p.num_heads_kv} * p.head_dim_v;
   append_cpu(p, torch_parallel_for(std::max<int64_t>(1, 32768 / token_work)));
 }
 

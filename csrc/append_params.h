@@ -1,11 +1,11 @@
-// Everything one append needs, as a POD: the contract between the binding, the CPU implementation and
-// the kernel. No torch, no CUDA. Strides are in elements, those of dimensions of size 1 are 0; D and Dv
-// are the head dims of K and V.
+// Everything one append needs, as a POD: the contract between the binding, the CPU implementation
+// and the kernel. No torch, no CUDA. Strides are in elements, those of dimensions of size 1 are 0;
+// D and Dv are the head dims of K and V.
 //
 // What comes from device memory is made harmless here, once: lengths are clamped to [0, capacity],
-// cu_seqlens entries to [previous entry, total], and a row that would lie beyond the capacity or in a
-// page that there is not is not written. It is not clamped to one that there is: that would be another
-// sequence's.
+// cu_seqlens entries to [previous entry, total], and a row that would lie beyond the capacity or in
+// a page that there is not is not written. It is not clamped to one that there is: that would be
+// another sequence's.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ struct RopeTable {
 };
 
 struct Rope {
-  int num_pairs;  // rotary_dim / 2; 0: no rotation
+  int num_pairs;     // rotary_dim / 2; 0: no rotation
   bool interleaved;  // pair i is dims 2i and 2i + 1 (GPT-J), else i and num_pairs + i (NeoX)
   int max_position;
   bool tables_are_float32;  // else of the element type
@@ -43,7 +43,7 @@ struct AppendParams {
   ElementType element_type;  // of q, k and v
   CacheType cache_type;      // of both caches
   int batch;
-  int num_tokens;  // new ones, of all sequences
+  int num_tokens;   // new ones, of all sequences
   int num_heads_q;  // 0: no q
   int num_heads_kv;
   int head_dim;    // D
@@ -61,9 +61,9 @@ struct AppendParams {
   int capacity;  // tokens that a sequence can hold
 
   // With cu_seqlens, [1, total, ...] with batch stride 0.
-  Rows q;  // [B, Sn, Hq, D], rotated in place
-  Rows k;  // [B, Sn, Hkv, D]
-  Rows v;  // [B, Sn, Hkv, Dv]
+  Rows q;        // [B, Sn, Hq, D], rotated in place
+  Rows k;        // [B, Sn, Hkv, D]
+  Rows v;        // [B, Sn, Hkv, Dv]
   Rows k_cache;  // [B, S, Hkv, D], or paged [num_pages, page_size, Hkv, D]
   Rows v_cache;  // the same with Dv
   Scales k_scale, v_scale;
@@ -126,7 +126,7 @@ LEANATTN_HD int rope_position(const Rope& rope, int64_t position) {
   return static_cast<int>(min_of<int64_t>(position, rope.max_position - 1));
 }
 
-// Rotates the pair (x, y) by the angle of this cosine and sine (RoFormer, arXiv 2104.09864, eq. 34).
+// Rotates the pair (x, y) by the angle of this cosine and sine: RoFormer, arXiv 2104.09864, eq. 34.
 LEANATTN_HD void rotate(float& x, float& y, float cos, float sin) {
   const float rotated = x * cos - y * sin;
   y = x * sin + y * cos;

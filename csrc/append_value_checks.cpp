@@ -6,10 +6,9 @@ namespace {
 void check_pages(const Checker& check, const AppendParams& p, const ReadValues& read, int seq,
                  int begin, int end) {
   const int first = begin / p.page_size;
-  const int64_t offset =
-      seq * p.block_table_batch_stride + first * p.block_table_page_stride;
-  const std::vector<int32_t> pages = read(p.block_table + offset, p.block_table_page_stride,
-                                          (end - 1) / p.page_size - first + 1);
+  const int64_t offset = seq * p.block_table_batch_stride + first * p.block_table_page_stride;
+  const std::vector<int32_t> pages =
+      read(p.block_table + offset, p.block_table_page_stride, (end - 1) / p.page_size - first + 1);
   for (size_t i = 0; i < pages.size(); ++i) {
     check.require(pages[i] >= 0 && pages[i] < p.num_pages, "block_table", "[", seq, ", ", first + i,
                   "] must be from 0 to the last page, ", p.num_pages - 1, ", got ", pages[i]);
@@ -32,8 +31,8 @@ void check_append_values(const Checker& check, const AppendParams& p, const Read
     const int length = lengths[seq];
     const int added = p.cu_seqlens ? bounds[seq + 1] - bounds[seq] : int{p.seqlen_new};
     check.require(length >= 0 && length <= p.capacity - added, "cache_seqlens", "[", seq,
-                  "] must be from 0 to the capacity, ", p.capacity, ", less the new tokens, ", added,
-                  ", got ", length);
+                  "] must be from 0 to the capacity, ", p.capacity, ", less the new tokens, ",
+                  added, ", got ", length);
     if (added == 0) continue;
     check.require(p.rope.num_pairs == 0 || length + added <= p.rope.max_position, "cache_seqlens",
                   "[", seq, "] must be at most the positions of cos and sin, ", p.rope.max_position,

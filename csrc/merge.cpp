@@ -1,5 +1,5 @@
-// From tensors to MergeParams: checks, allocates, and hands over to the CPU implementation or to the
-// launcher.
+// From tensors to MergeParams: checks, allocates, and hands over to the CPU implementation or to
+// the launcher.
 #include "merge.h"
 
 #include <algorithm>
@@ -32,9 +32,9 @@ ElementType check_arguments(const Checker& check, const Tensor& outs, const Tens
 #endif
   check.same_device(lses, "lses", outs, "outs");
   const ScalarType type = outs.scalar_type();
-  check.require(type == ScalarType::Half || type == ScalarType::BFloat16 ||
-                    type == ScalarType::Float,
-                "outs", "must be Half, BFloat16 or Float, got ", toString(type));
+  check.require(
+      type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, "outs",
+      "must be Half, BFloat16 or Float, got ", toString(type));
   check.dtype(lses, "lses", ScalarType::Float);
   check.require(outs.dim() >= 2, "outs", "must be [n, ..., head_dim], got shape ",
                 shape_string(outs));
@@ -71,7 +71,8 @@ bool set_rows(const Tensor& outs, const Tensor& lses, MergeParams& p) {
     p.outs_strides[at] = outs.stride(dim);
     p.lses_strides[at] = lses.stride(dim);
   }
-  for (int dim = 0; dim < p.num_dims; ++dim) p.sizes[dim] = FastDivisor(static_cast<int>(sizes[dim]));
+  for (int dim = 0; dim < p.num_dims; ++dim)
+    p.sizes[dim] = FastDivisor(static_cast<int>(sizes[dim]));
   return true;
 }
 
@@ -110,8 +111,7 @@ std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses) {
   const ElementType type = check_arguments(check, outs, lses);
   const std::vector<int64_t> shape(outs.sizes().begin() + 1, outs.sizes().end());
   const std::vector<int64_t> rows(shape.begin(), shape.end() - 1);
-  const Tensor out =
-      torch::stable::empty(shape, outs.scalar_type(), std::nullopt, outs.device());
+  const Tensor out = torch::stable::empty(shape, outs.scalar_type(), std::nullopt, outs.device());
   const Tensor lse = torch::stable::empty(rows, ScalarType::Float, std::nullopt, outs.device());
   if (lse.numel() > 0) run(type, outs, lses, out, lse);
   return {out, lse};

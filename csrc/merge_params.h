@@ -1,9 +1,9 @@
-// Everything one merge needs, as a POD: the contract between the binding, the CPU implementation and
-// the kernel. No torch, no CUDA. Strides are in elements.
+// Everything one merge needs, as a POD: the contract between the binding, the CPU implementation
+// and the kernel. No torch, no CUDA. Strides are in elements.
 //
-// The states to merge come normalised, as (out, lse). That is the softmax state (softmax_state.h) with
-// sum 1 and maximum lse; and since all of a row's lses are there at once, the merged maximum is known
-// before the first value is read. Merging is then a weighted sum:
+// The states to merge come normalised, as (out, lse). That is the softmax state (softmax_state.h)
+// with sum 1 and maximum lse; and since all of a row's lses are there at once, the merged maximum
+// is known before the first value is read. Merging is then a weighted sum:
 //
 //   base = max lse_i,   w_i = exp(lse_i - base),   out = sum w_i out_i / sum w_i,
 //   lse = base + log(sum w_i)
@@ -56,7 +56,9 @@ LEANATTN_HD MergeRow find_merge_row(const MergeParams& p, int row) {
 }
 
 // An lse of a state that saw no key: -inf here, +inf in FlashAttention. Its out is never read.
-LEANATTN_HD bool saw_nothing(float lse) { return lse == -kNegativeInfinity || lse == kNegativeInfinity; }
+LEANATTN_HD bool saw_nothing(float lse) {
+  return lse == -kNegativeInfinity || lse == kNegativeInfinity;
+}
 
 // The maximum over a row's lses; -inf where no state saw a key, NaN is passed over.
 LEANATTN_HD float merge_base(const MergeParams& p, const MergeRow& row) {

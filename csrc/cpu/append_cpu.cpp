@@ -93,9 +93,8 @@ class CpuAppend {
     const Element* from = row_of(rows, token, head);
     Cache* to = static_cast<Cache*>(cache.data) + slot_offset(cache, slot, head);
     if (num_pairs > 0) {
-      rotate_row(from, rows.dim_stride, position, [&](int dim, float x) {
-        to[dim * cache.dim_stride] = convert<Cache>(x, scale);
-      });
+      rotate_row(from, rows.dim_stride, position,
+                 [&](int dim, float x) { to[dim * cache.dim_stride] = convert<Cache>(x, scale); });
     }
     for (int dim = 2 * num_pairs; dim < head_dim; ++dim) {
       to[dim * cache.dim_stride] = convert<Cache>(from[dim * rows.dim_stride], scale);
@@ -135,9 +134,12 @@ class CpuAppend {
 template <class Element>
 void append(const AppendParams& params, const ParallelFor& parallel_for) {
   switch (params.cache_type) {
-    case CacheType::kFloat32: return CpuAppend<Element, float>(params, parallel_for).run();
-    case CacheType::kFloat16: return CpuAppend<Element, Half>(params, parallel_for).run();
-    case CacheType::kBFloat16: return CpuAppend<Element, BFloat16>(params, parallel_for).run();
+    case CacheType::kFloat32:
+      return CpuAppend<Element, float>(params, parallel_for).run();
+    case CacheType::kFloat16:
+      return CpuAppend<Element, Half>(params, parallel_for).run();
+    case CacheType::kBFloat16:
+      return CpuAppend<Element, BFloat16>(params, parallel_for).run();
     case CacheType::kFloat8E4M3:
       return CpuAppend<Element, Float8_e4m3fn>(params, parallel_for).run();
     case CacheType::kFloat8E5M2:
@@ -149,9 +151,12 @@ void append(const AppendParams& params, const ParallelFor& parallel_for) {
 
 void append_cpu(const AppendParams& params, const ParallelFor& parallel_for) {
   switch (params.element_type) {
-    case ElementType::kFloat32: return append<float>(params, parallel_for);
-    case ElementType::kFloat16: return append<Half>(params, parallel_for);
-    case ElementType::kBFloat16: return append<BFloat16>(params, parallel_for);
+    case ElementType::kFloat32:
+      return append<float>(params, parallel_for);
+    case ElementType::kFloat16:
+      return append<Half>(params, parallel_for);
+    case ElementType::kBFloat16:
+      return append<BFloat16>(params, parallel_for);
   }
 }
 

@@ -38,9 +38,12 @@ void merge(const MergeParams& p, const ParallelFor& parallel_for) {
 
 void merge_cpu(const MergeParams& params, const ParallelFor& parallel_for) {
   switch (params.element_type) {
-    case ElementType::kFloat32: return merge<float>(params, parallel_for);
-    case ElementType::kFloat16: return merge<torch::headeronly::Half>(params, parallel_for);
-    case ElementType::kBFloat16: return merge<torch::headeronly::BFloat16>(params, parallel_for);
+    case ElementType::kFloat32:
+      return merge<float>(params, parallel_for);
+    case ElementType::kFloat16:
+      return merge<torch::headeronly::Half>(params, parallel_for);
+    case ElementType::kBFloat16:
+      return merge<torch::headeronly::BFloat16>(params, parallel_for);
   }
 }
 

@@ -1,6 +1,6 @@
-// Appending to the caches, and RoPE on the way: a CTA does one new token, all its heads of q, k and v.
-// The work of a token is cut into chunks of kWidth numbers, or of kWidth pairs where they are rotated,
-// so that whoever reads a pair writes it, which lets q be rotated in place.
+// Appending to the caches, and RoPE on the way: a CTA does one new token, all its heads of q, k and
+// v. The work of a token is cut into chunks of kWidth numbers, or of kWidth pairs where they are
+// rotated, so that whoever reads a pair writes it, which lets q be rotated in place.
 //
 // One token a sequence is the case that must be short: the new rows are asked for before what says
 // where they go, so that the two ways through memory overlap.
@@ -65,8 +65,8 @@ __device__ __forceinline__ void load_table(const Rope& rope, const RopeTable& ta
   }
 }
 
-// kWidth pairs of a row, from pair `pair` on, in the two vectors that hold them: with NeoX's pairs the
-// first members and the second members, with GPT-J's 2 * kWidth neighbours.
+// kWidth pairs of a row, from pair `pair` on, in the two vectors that hold them: with NeoX's pairs
+// the first members and the second members, with GPT-J's 2 * kWidth neighbours.
 template <class Element, int kWidth>
 struct Pairs {
   int dim[2];  // where the vectors begin
@@ -160,8 +160,9 @@ __device__ __forceinline__ void append_chunk(const AppendParams& p, const Rows& 
 
 // The token in row `row` of ragged new rows; seq is -1 if no sequence has it. By the whole CTA.
 //
-// Clamped to [previous entry, total], entry i is the largest of entries 0 to i. So the row belongs to
-// the sequence before the first entry that is larger than it, and that begins at the largest before.
+// Clamped to [previous entry, total], entry i is the largest of entries 0 to i. So the row belongs
+// to the sequence before the first entry that is larger than it, and that begins at the largest
+// before.
 __device__ __forceinline__ NewToken find_ragged_token(const AppendParams& p, int row) {
   __shared__ int first_beyond_smem, begin_smem;
   if (threadIdx.x == 0) {
@@ -265,7 +266,8 @@ void launch(const AppendParams& p, cudaStream_t stream) {
   chunks.v = p.num_heads_kv * v_per_row;
   // With cu_seqlens the threads also search it.
   const int64_t wanted = max_of(chunks.q + chunks.k + chunks.v, p.cu_seqlens ? p.batch : 0);
-  const int threads = static_cast<int>(min_of<int64_t>(ceil_div<int64_t>(wanted, 32) * 32, kMaxThreads));
+  const int threads =
+      static_cast<int>(min_of<int64_t>(ceil_div<int64_t>(wanted, 32) * 32, kMaxThreads));
   append_kernel<Element, Cache, kWidth><<<p.num_tokens, threads, 0, stream>>>(p, chunks);
   check_cuda(cudaGetLastError(), "append_kernel");
 }
@@ -292,11 +294,16 @@ struct Launch {
 template <class Element>
 void launch_for_cache(const AppendParams& p, cudaStream_t stream) {
   switch (p.cache_type) {
-    case CacheType::kFloat16: return Launch<Element, __half>::run(p, stream);
-    case CacheType::kBFloat16: return Launch<Element, __nv_bfloat16>::run(p, stream);
-    case CacheType::kFloat8E4M3: return Launch<Element, __nv_fp8_e4m3>::run(p, stream);
-    case CacheType::kFloat8E5M2: return Launch<Element, __nv_fp8_e5m2>::run(p, stream);
-    case CacheType::kFloat32: break;  // the binding refuses it on CUDA
+    case CacheType::kFloat16:
+      return Launch<Element, __half>::run(p, stream);
+    case CacheType::kBFloat16:
+      return Launch<Element, __nv_bfloat16>::run(p, stream);
+    case CacheType::kFloat8E4M3:
+      return Launch<Element, __nv_fp8_e4m3>::run(p, stream);
+    case CacheType::kFloat8E5M2:
+      return Launch<Element, __nv_fp8_e5m2>::run(p, stream);
+    case CacheType::kFloat32:
+      break;  // the binding refuses it on CUDA
   }
 }
 

@@ -74,17 +74,19 @@ void load_kernels() {
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, merge_kernel<Element, 16 / sizeof(Element)>),
              "cudaFuncGetAttributes");
-  check_cuda(cudaFuncGetAttributes(&attributes, merge_kernel<Element, 1>),
-             "cudaFuncGetAttributes");
+  check_cuda(cudaFuncGetAttributes(&attributes, merge_kernel<Element, 1>), "cudaFuncGetAttributes");
 }
 
 }  // namespace
 
 void launch_merge(const MergeParams& params, cudaStream_t stream) {
   switch (params.element_type) {
-    case ElementType::kFloat32: return launch_widest<float>(params, stream);
-    case ElementType::kFloat16: return launch_widest<__half>(params, stream);
-    case ElementType::kBFloat16: return launch_widest<__nv_bfloat16>(params, stream);
+    case ElementType::kFloat32:
+      return launch_widest<float>(params, stream);
+    case ElementType::kFloat16:
+      return launch_widest<__half>(params, stream);
+    case ElementType::kBFloat16:
+      return launch_widest<__nv_bfloat16>(params, stream);
   }
 }
 
