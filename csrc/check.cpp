@@ -21,9 +21,10 @@ void Checker::dtype(const Tensor& t, const char* argument, ScalarType wanted) co
           toString(t.scalar_type()));
 }
 
-void Checker::same_device(const Tensor& t, const char* argument, const Tensor& q) const {
-  require(t.device() == q.device(), argument, "must be on q's device, ", device_string(q), ", got ",
-          device_string(t));
+void Checker::same_device(const Tensor& t, const char* argument, const Tensor& other,
+                          const char* other_name) const {
+  require(t.device() == other.device(), argument, "must be on ", other_name, "'s device, ",
+          device_string(other), ", got ", device_string(t));
 }
 
 void Checker::shape(const Tensor& t, const char* argument, const char* names,

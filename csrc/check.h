@@ -45,7 +45,9 @@ class Checker {
   }
 
   void dtype(const Tensor& t, const char* argument, ScalarType wanted) const;
-  void same_device(const Tensor& t, const char* argument, const Tensor& q) const;
+  // `other` is the tensor that decides, under the name `other_name`.
+  void same_device(const Tensor& t, const char* argument, const Tensor& other,
+                   const char* other_name = "q") const;
   void shape(const Tensor& t, const char* argument, const char* names,
              std::initializer_list<int64_t> wanted) const;
   // The last dimension contiguous and everything else on 16-byte boundaries, which CUDA needs.

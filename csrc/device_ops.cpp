@@ -1,8 +1,10 @@
 #include "device_ops.h"
 
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/append.h"
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
+#include "cuda/merge.h"
 #include "cuda_stream.h"
 #endif
 
@@ -24,6 +26,8 @@ std::string build_info() { return LEANATTN_VERSION ";" LEANATTN_ARCHS; }
 void warmup(int64_t device_index) {
   const DeviceGuard guard(static_cast<int>(device_index));
   warm_up(static_cast<int>(device_index));
+  warm_up_append();
+  warm_up_merge();
 }
 
 int64_t max_units(int64_t device_index) {

@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "append.h"
 #include "decode.h"
 #include "device_ops.h"
+#include "merge.h"
 #include "schedule_op.h"
 
 #define LEANATTN_DECODE_SCHEMA                                                                     \
@@ -20,6 +22,16 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("decode_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("decode_with_lse_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("decode_check(" LEANATTN_DECODE_SCHEMA ") -> ()");
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
+      "Tensor? block_table=None, *, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
+  m.def(
+      "rope_append_kv(Tensor(c!) q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor cache_seqlens, Tensor? block_table, Tensor cos, Tensor sin, *, "
+      "bool interleaved=False, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
+      "Tensor? v_scale=None) -> ()");
+  m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
       "schedule(Tensor cache_seqlens, int num_heads_kv, int group_size, int capacity, int head_dim, "
       "int num_units, int rows_per_item, int seqlen_q=1, Tensor? cu_seqlens_q=None, "
@@ -37,14 +49,21 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.impl("decode_with_lse_out", TORCH_BOX(&leanattn::decode_with_lse_out)); \
   m.impl("decode_check", TORCH_BOX(&leanattn::decode_check))
 
+#define LEANATTN_IMPLEMENT_OTHERS(m)                              \
+  m.impl("append_kv", TORCH_BOX(&leanattn::append_kv));           \
+  m.impl("rope_append_kv", TORCH_BOX(&leanattn::rope_append_kv)); \
+  m.impl("merge_states", TORCH_BOX(&leanattn::merge_states))
+
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CPU, m) {
   LEANATTN_IMPLEMENT_DECODE(m);
+  LEANATTN_IMPLEMENT_OTHERS(m);
   m.impl("schedule", TORCH_BOX(&leanattn::schedule));
 }
 
 // Without kernels too: the error of a CPU-only build is better than the dispatcher's.
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CUDA, m) {
   LEANATTN_IMPLEMENT_DECODE(m);
+  LEANATTN_IMPLEMENT_OTHERS(m);
   m.impl("read_floor", TORCH_BOX(&leanattn::read_floor));
 }
 

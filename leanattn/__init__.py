@@ -3,8 +3,28 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
-from leanattn.ops import counters, decode, is_supported, warmup
+from leanattn.flash_attn import flash_attn_with_kvcache
+from leanattn.ops import (
+    __version__,
+    append_kv,
+    counters,
+    decode,
+    is_supported,
+    merge_states,
+    rope_append_kv,
+    warmup,
+)
 from leanattn.schedule import schedule
-from leanattn.ops import __version__
 
-__all__ = ["__version__", "counters", "decode", "is_supported", "schedule", "warmup"]
+__all__ = [
+    "__version__",
+    "append_kv",
+    "counters",
+    "decode",
+    "flash_attn_with_kvcache",
+    "is_supported",
+    "merge_states",
+    "rope_append_kv",
+    "schedule",
+    "warmup",
+]

@@ -102,6 +102,130 @@ def decode(
     return out, lse
 
 
+def append_kv(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table=None,
+    *,
+    cu_seqlens=None,
+    k_scale=None,
+    v_scale=None,
+):
+    """Write new keys and values into the caches, in place, one kernel launch.
+
+    Token i of sequence b goes to position `cache_seqlens[b] + i`. `cache_seqlens` are the lengths
+    before the append and stay as they are; add the new tokens for `decode`. Tokens beyond the
+    capacity, or in a page that there is not, are not written. docs/append.md states the rest.
+
+    Args:
+        k: `[B, Sn, Hkv, D]`, or `[B, Hkv, D]` for one token a sequence; `[total, Hkv, D]` with
+            cu_seqlens. float16 or bfloat16; on the CPU float32 too. Any strides.
+        v: likewise with head dim Dv, k's dtype.
+        k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`. float16,
+            bfloat16, float8_e4m3fn or float8_e5m2, on the CPU float32 too; values are cast to it.
+            Any strides, as long as no two elements share memory.
+        v_cache: likewise with head dim Dv, k_cache's dtype.
+        cache_seqlens: `[B]` int32, clamped to [0, capacity] on the device.
+        block_table: `[B, max_pages]` int32, the page of each page_size tokens.
+        cu_seqlens: `[B + 1]` int32, where each sequence's new tokens begin in k and v; entries are
+            clamped to [previous entry, total]. Tokens that no sequence has are not written.
+        k_scale, v_scale: fp32 of one element, `[Hkv]` or `[B, Hkv]`, with float8 caches only:
+            stored is value / scale, saturated to the finite range.
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+    """
+    _ops.append_kv(
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        cu_seqlens=cu_seqlens,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def rope_append_kv(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table,
+    cos,
+    sin,
+    *,
+    interleaved=False,
+    cu_seqlens=None,
+    k_scale=None,
+    v_scale=None,
+):
+    """`append_kv` with rotary embedding (arXiv 2104.09864) of k on the way and of q in place.
+
+    One kernel launch. Token i of sequence b is rotated by row `cache_seqlens[b] + i` of cos and
+    sin, the length clamped as in `append_kv`, the row to [0, max_position). Computed in fp32 and
+    rounded once. k itself stays as it is.
+
+    Args:
+        q: `[B, Sn, Hq, D]`, `[B, Hq, D]` or `[total, Hq, D]`, k's tokens, head dim and dtype; its
+            first rotary_dim dims are rotated in place. Any strides.
+        k, v, k_cache, v_cache, cache_seqlens, cu_seqlens, k_scale, v_scale: as in `append_kv`.
+        block_table: as in `append_kv`, or None.
+        cos, sin: `[max_position, rotary_dim / 2]`, float32 or q's dtype, any strides.
+        interleaved: pair i is dims 2i and 2i + 1 (GPT-J) instead of i and rotary_dim / 2 + i
+            (NeoX). The dims from rotary_dim on are not rotated.
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+    """
+    _ops.rope_append_kv(
+        q,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        cos,
+        sin,
+        interleaved=interleaved,
+        cu_seqlens=cu_seqlens,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def merge_states(outs, lses):
+    """Merge attention results over disjoint sets of keys into the result over all of them.
+
+    `out = sum(exp(lse_i) * out_i) / sum(exp(lse_i))` and `lse = log(sum(exp(lse_i)))`, in fp32 and
+    in the order of the states: LeanAttention's softmax re-scaling (arXiv 2405.10480, section IV-A).
+    With sinks, give them to one of the partial calls only. docs/append.md has an example.
+
+    Args:
+        outs: `[n, ..., D]`, float16, bfloat16 or float32, the normalised partial outputs. Any
+            strides; a copy is made only where the last dimension is not contiguous or more than
+            four of those between cannot be joined.
+        lses: `[n, ...]` float32, natural logarithm, any strides. -inf and +inf (FlashAttention's)
+            mean that the state saw no key: it has no weight, whatever its out holds.
+
+    Returns:
+        (out `[..., D]` in outs' dtype, lse `[...]` float32), contiguous. Where no state saw a key,
+        or n is 0: out 0, lse -inf.
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+    """
+    return _ops.merge_states(outs, lses)
+
+
 def counters(device, n=None):
     """Int32 zeros for the `counters` argument of `decode`; every call leaves them zero.
 
@@ -136,25 +260,24 @@ def _index(device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _check_devices(op, q, tensors):
+def _check_devices(op, other, tensors, other_name="q"):
     # The C++ checks do not run on fake and meta tensors.
     for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.device != q.device:
+        if isinstance(tensor, torch.Tensor) and tensor.device != other.device:
             raise RuntimeError(
-                f"leanattn::{op}: {name} must be on q's device, {q.device}, got {tensor.device}"
+                f"leanattn::{op}: {name} must be on {other_name}'s device, {other.device}, "
+                f"got {tensor.device}"
             )
 
 
-def _argument_names():
-    return [a.name for a in _ops.decode.default._schema.arguments]
-
-
-_NAMES = _argument_names()
+def _named(op, args, kwargs):
+    names = (a.name for a in getattr(_ops, op).default._schema.arguments)
+    return dict(zip(names, args)) | kwargs
 
 
 def _fake_out(op, args, kwargs):
     q, _, v_cache = args[:3]
-    _check_devices(op, q, dict(zip(_NAMES, args)) | kwargs)
+    _check_devices(op, q, _named(op, args, kwargs))
     return q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
 
 
@@ -182,6 +305,31 @@ def _(*args, **kwargs):
     _fake_out("decode_with_lse_out", args, kwargs)
 
 
+@torch.library.register_fake("leanattn::append_kv")
+def _(*args, **kwargs):
+    tensors = _named("append_kv", args, kwargs)
+    _check_devices("append_kv", tensors["k"], tensors, "k")
+
+
+@torch.library.register_fake("leanattn::rope_append_kv")
+def _(*args, **kwargs):
+    tensors = _named("rope_append_kv", args, kwargs)
+    _check_devices("rope_append_kv", tensors["k"], tensors, "k")
+
+
+@torch.library.register_fake("leanattn::merge_states")
+def _(outs, lses):
+    _check_devices("merge_states", outs, {"lses": lses}, "outs")
+    return outs.new_empty(outs.shape[1:]), outs.new_empty(outs.shape[1:-1], dtype=torch.float32)
+
+
+def _raise_no_backward():
+    raise RuntimeError(
+        "leanattn is for inference only: it has no backward. Use "
+        "torch.nn.functional.scaled_dot_product_attention (SDPA) where gradients are needed."
+    )
+
+
 class _NoBackward(torch.autograd.Function):
     """Passes an op's outputs on, so that a backward through them says what to use instead."""
 
@@ -193,22 +341,38 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "leanattn is for inference only: it has no backward. Use "
-            "torch.nn.functional.scaled_dot_product_attention (SDPA) where gradients are needed."
-        )
+        _raise_no_backward()
+
+
+class _NoBackwardInPlace(torch.autograd.Function):
+    """The same for a tensor that an op has written to."""
+
+    @staticmethod
+    def forward(ctx, written, *inputs):
+        ctx.mark_dirty(written)
+        return written
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _raise_no_backward()
 
 
 def _register_missing_backward(op):
     # torch.library.register_autograd takes no op with keyword-only tensors. This kernel runs in
     # Python, a few microseconds a call, except under torch.inference_mode, which skips it.
     after_autograd = torch._C._after_autograd_keyset
+    arguments = op._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
 
     def kernel(keyset, *args, **kwargs):
         outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
-            inputs = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-            return _NoBackward.apply(outputs, *inputs)
+            inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+            for i in written:
+                others = (t for t in inputs if t is not args[i])
+                _NoBackwardInPlace.apply(args[i], *others)
+            if outputs is not None:
+                return _NoBackward.apply(outputs, *inputs)
         return outputs
 
     _autograd_kernels.impl(op.name(), kernel, "Autograd", with_keyset=True)
@@ -217,3 +381,6 @@ def _register_missing_backward(op):
 _autograd_kernels = torch.library.Library("leanattn", "IMPL")
 _register_missing_backward(_ops.decode.default)
 _register_missing_backward(_ops.decode_with_lse.default)
+_register_missing_backward(_ops.merge_states.default)
+_register_missing_backward(_ops.append_kv.default)
+_register_missing_backward(_ops.rope_append_kv.default)

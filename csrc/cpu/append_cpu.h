@@ -1,0 +1,11 @@
+// Appending to the caches on the CPU, with RoPE or without.
+#pragma once
+
+#include "../append_params.h"
+#include "decode_cpu.h"
+
+namespace leanattn {
+
+void append_cpu(const AppendParams& params, const ParallelFor& parallel_for);
+
+}  // namespace leanattn

@@ -1,0 +1,206 @@
+"""FlashAttention's function for decoding with a KV cache, on leanattn's ops.
+
+`from leanattn.flash_attn import flash_attn_with_kvcache` in place of
+`from flash_attn import flash_attn_with_kvcache` is all that a program has to change.
+"""
+
+import torch
+
+from leanattn.ops import append_kv, decode, rope_append_kv
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens=None,
+    cache_batch_idx=None,
+    cache_leftpad=None,
+    block_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+    *,
+    page_table=None,
+    s_aux=None,
+):
+    """Append new keys and values to the caches, then attend to them: FlashAttention's interface.
+
+    Signature, order and meaning of the arguments are those of flash_attn 2.x. Two launches (append,
+    decode), one addition of lengths between them, no host synchronisation; q is copied once where
+    it is rotated. What differs: a row that sees no key has lse -inf; caches may have any page size
+    and new tokens that do not fit are dropped.
+
+    Args:
+        q: `[B, Sq, Hq, D]`. Left as it is.
+        k_cache, v_cache: `[B_cache, S, Hkv, D]`, or with block_table
+            `[num_pages, page_size, Hkv, D]`. Updated in place if k and v are given.
+        k, v: `[B, Sn, Hkv, D]`, new tokens that go to cache_seqlens and on. None: q's own tokens
+            are in the caches already, and in cache_seqlens.
+        rotary_cos, rotary_sin: `[max_position, rotary_dim / 2]`, with k and v only. k is rotated at
+            cache_seqlens + i, and so is q if causal or with a window; else all of q at
+            cache_seqlens.
+        cache_seqlens: int or `[B]` int32, tokens in the caches before the append. None, without k
+            and v only: all of them.
+        cache_batch_idx: `[B]` int32, the row of the caches for each sequence; not with block_table.
+        cache_leftpad: `[B]` int32, where in its row each sequence begins; not with block_table.
+            Rotary positions and cache_seqlens count from the row's start. Tokens are read one at a
+            time then, which is slower.
+        block_table: `[B, max_pages]` int32; page_table is FlashAttention-3's name for it.
+        softmax_scale: default D ** -0.5.
+        causal: aligned to the bottom right corner.
+        window_size: (left, right), -1 for no limit.
+        softcap: 0 for none.
+        rotary_interleaved: pairs 2i and 2i + 1 (GPT-J), else i and rotary_dim / 2 + i (NeoX).
+        alibi_slopes: fp32 `[Hq]` or `[B, Hq]`.
+        num_splits: a hint that results never depend on.
+        return_softmax_lse: also return the log-sum-exp.
+        s_aux: `[Hq]`, attention sinks, as in FlashAttention-3.
+
+    Returns:
+        out `[B, Sq, Hq, D]`; or (out, lse), lse fp32 `[B, Hq, Sq]`.
+
+    Raises:
+        ValueError: arguments that do not go together.
+        NotImplementedError: cache_leftpad on caches whose tokens are not evenly spaced.
+        RuntimeError: from the ops, naming the argument, what was given and what is allowed.
+    """
+    if page_table is not None:
+        if block_table is not None:
+            _refuse("page_table", "is another name of block_table: give one")
+        block_table = page_table
+    _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens)
+    _check_cache_rows(q, cache_batch_idx, cache_leftpad, block_table)
+    batch, seqlen_q = q.shape[:2]
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if block_table is None:
+        k_rows, v_rows = k_cache, v_cache  # as they are addressed with cache_leftpad
+        if cache_batch_idx is not None:
+            # A contiguous cache is a paged one with one page a sequence.
+            block_table = cache_batch_idx[:, None]
+        elif k_cache.shape[0] > batch:
+            k_cache, v_cache = k_cache[:batch], v_cache[:batch]
+    window_left, window_right = (size if size >= 0 else -1 for size in window_size)
+
+    if k is not None:
+        where = (k_cache, v_cache, cache_seqlens, block_table)
+        if rotary_cos is None:
+            append_kv(k, v, *where)
+        else:
+            rotary = dict(cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved)
+            is_ordered = causal or window_left >= 0 or window_right >= 0
+            if seqlen_q == k.shape[1] and (is_ordered or seqlen_q == 1):
+                q = q.clone()
+                rope_append_kv(q, k, v, *where, **rotary)
+            else:
+                rope_append_kv(k.clone(), k, v, *where, **rotary)
+                q = _rotate(q, cache_seqlens, is_ordered, **rotary)
+        cache_seqlens = cache_seqlens + k.shape[1]
+
+    if cache_leftpad is not None:
+        capacity = k_rows.shape[1]
+        if cache_seqlens is None:
+            cache_seqlens = torch.full_like(cache_leftpad, capacity)
+        cache_seqlens = cache_seqlens.clamp(max=capacity) - cache_leftpad
+        k_cache, v_cache, block_table = _left_padded(
+            k_rows, v_rows, batch, cache_batch_idx, cache_leftpad
+        )
+    result = decode(
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        block_table,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=-1 if causal else window_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=None if s_aux is None else s_aux.float(),
+        return_lse=return_softmax_lse,
+    )
+    if not return_softmax_lse:
+        return result
+    out, lse = result
+    return out, lse.transpose(1, 2).contiguous()
+
+
+def _refuse(argument, text):
+    raise ValueError(f"flash_attn_with_kvcache: {argument} {text}")
+
+
+def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):
+    if q.dim() != 4:
+        _refuse("q", f"must be [B, Sq, Hq, D], got shape {list(q.shape)}")
+    if (k is None) != (v is None):
+        _refuse("v" if v is None else "k", "is None: give both k and v, or neither")
+    if (rotary_cos is None) != (rotary_sin is None):
+        name = "rotary_sin" if rotary_sin is None else "rotary_cos"
+        _refuse(name, "is None: give both rotary_cos and rotary_sin, or neither")
+    if k is None and rotary_cos is not None:
+        _refuse("rotary_cos", "goes with k and v only, got k None")
+    if k is not None and k.dim() != 4:
+        _refuse("k", f"must be [B, Sn, Hkv, D], got shape {list(k.shape)}")
+    if k is not None and cache_seqlens is None:
+        _refuse("cache_seqlens", "must be given with k and v, got None")
+
+
+def _check_cache_rows(q, cache_batch_idx, cache_leftpad, block_table):
+    for name, tensor in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
+        if tensor is None:
+            continue
+        if block_table is not None:
+            _refuse(name, "does not go with block_table: give one of them")
+        if tensor.dtype != torch.int32 or tensor.shape != q.shape[:1]:
+            _refuse(
+                name,
+                f"must be int32 of shape [{q.shape[0]}], got {tensor.dtype} of shape "
+                f"{list(tensor.shape)}",
+            )
+
+
+def _rotate(q, cache_seqlens, is_ordered, cos, sin, interleaved):
+    """q rotated apart from k: at cache_seqlens + i, or all of it at cache_seqlens."""
+    steps = torch.arange(q.shape[1], device=q.device) * int(is_ordered)
+    positions = (cache_seqlens.clamp(min=0)[:, None] + steps).clamp(max=len(cos) - 1)
+    cos, sin = (table[positions].float().unsqueeze(2) for table in (cos, sin))  # [B, Sq, 1, pairs]
+    pairs = cos.shape[-1]
+    rotated, rest = q[..., : 2 * pairs].float(), q[..., 2 * pairs :]
+    if interleaved:
+        x, y = rotated[..., ::2], rotated[..., 1::2]
+    else:
+        x, y = rotated.chunk(2, -1)
+    turned = (x * cos - y * sin, x * sin + y * cos)
+    rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat([rotated.to(q.dtype), rest], -1)
+
+
+def _left_padded(k_cache, v_cache, batch, cache_batch_idx, cache_leftpad):
+    """The caches as pages of one token, and the table that begins each sequence at its leftpad."""
+    rows, capacity = k_cache.shape[:2]
+    try:
+        k_pages, v_pages = (
+            cache.view(rows * capacity, 1, *cache.shape[2:]) for cache in (k_cache, v_cache)
+        )
+    except RuntimeError:
+        raise NotImplementedError(
+            "flash_attn_with_kvcache: cache_leftpad is not supported on caches whose tokens are "
+            f"not evenly spaced over sequences, got k_cache of strides {list(k_cache.stride())} "
+            f"and v_cache of {list(v_cache.stride())}"
+        ) from None
+    tokens = torch.arange(capacity, dtype=torch.int32, device=k_cache.device)
+    if cache_batch_idx is None:
+        cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=k_cache.device)
+    begin = cache_batch_idx * capacity + cache_leftpad.clamp(0, capacity)
+    return k_pages, v_pages, begin[:, None] + tokens
