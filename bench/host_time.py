@@ -43,7 +43,9 @@ def main():
         "decode": lambda: decode(q, k, v),
         "decode, lengths and counters": lambda: decode(q, k, v, lengths, counters=counters),
     }
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, "leanattn", leanattn.__version__)
+    print(
+        torch.cuda.get_device_name(), "torch", torch.__version__, "leanattn", leanattn.__version__
+    )
     modes = (torch.enable_grad, torch.no_grad, torch.inference_mode)
     print(f"{'us a call':30}", *(f"{mode.__name__:>15}" for mode in modes))
     for name, call in calls.items():
