@@ -44,21 +44,31 @@ class Case:
 class Pool:
     """Normally distributed numbers on a device, of which input sets are views."""
 
-    def __init__(self, elements, dtype, device):
+    def __init__(self, shapes, dtype, device, limit_bytes):
+        """As large as the largest of `shapes` needs, but at most `limit_bytes`, and no more than
+        60% of what is free on a GPU."""
+        self.cold_bytes = 1 << 20
+        if device.type == "cuda":
+            # More than 4 times the L2 cache, so that a round through the sets leaves nothing there.
+            self.cold_bytes = 4.2 * torch.cuda.get_device_properties(device).L2_cache_size
+            limit_bytes = min(limit_bytes, 0.6 * torch.cuda.mem_get_info(device)[0])
+        wanted = max(sets_wanted(s, self.cold_bytes) * elements_of_set(s) for s in shapes)
+        elements = min(wanted, int(limit_bytes) // ELEMENT_BYTES)
         self.numbers = torch.empty(elements, dtype=dtype, device=device)
         generator = torch.Generator(device).manual_seed(0)
         for piece in self.numbers.split(1 << 28):
             piece.normal_(generator=generator)
 
-    def case(self, shape, cold_bytes):
-        """`shape` with input sets of `cold_bytes` together, or as many as the pool holds."""
-        count = self._sets_that_fit(shape, cold_bytes)
+    def case(self, shape):
+        """`shape` with as many input sets as a cold round takes, or as the pool holds. MemoryError
+        if that is none."""
+        size = elements_of_set(shape)
+        count = min(sets_wanted(shape, self.cold_bytes), self.numbers.numel() // size)
         if count == 0:
             raise MemoryError(
-                f"needs {elements_of_set(shape) * ELEMENT_BYTES / 2**30:.1f} GiB, the pool has "
+                f"needs {size * ELEMENT_BYTES / 2**30:.1f} GiB, the pool has "
                 f"{self.numbers.numel() * ELEMENT_BYTES / 2**30:.1f}"
             )
-        size = elements_of_set(shape)
         sets = [_inputs(shape, self.numbers[i * size : (i + 1) * size]) for i in range(count)]
         device = self.numbers.device
         lengths = torch.tensor(shape.lengths, dtype=torch.int32)
@@ -69,9 +79,6 @@ class Pool:
             block_table=unsorted_pages(shape).to(device) if shape.page_size else None,
         )
 
-    def _sets_that_fit(self, shape, cold_bytes):
-        return min(sets_wanted(shape, cold_bytes), self.numbers.numel() // elements_of_set(shape))
-
 
 def sets_wanted(shape, cold_bytes):
     """How many input sets make a round through all of them read `cold_bytes`."""
@@ -80,12 +87,6 @@ def sets_wanted(shape, cold_bytes):
 
 def elements_of_set(shape):
     return _padded(shape.query_elements) + 2 * _padded(shape.cache_elements)
-
-
-def pool_elements(shapes, cold_bytes, limit_bytes):
-    """The size of a pool for these shapes, no larger than `limit_bytes`."""
-    wanted = max(sets_wanted(shape, cold_bytes) * elements_of_set(shape) for shape in shapes)
-    return min(wanted, limit_bytes // ELEMENT_BYTES)
 
 
 def unsorted_pages(shape):

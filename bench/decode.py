@@ -16,7 +16,7 @@ import torch
 
 import leanattn
 from bench import timing
-from bench.data import TOLERANCE, Pool, pool_elements, truth
+from bench.data import TOLERANCE, Pool, truth
 from bench.implementations import IMPLEMENTATIONS, NAMES, reason_of, try_call
 from bench.provenance import provenance
 from bench.results import FLOOR, Row, Writer, shape_columns
@@ -153,18 +153,9 @@ class Bench:
         """Yields the rows of each shape."""
         if not self.shapes:
             return
-        cuda = self.device.type == "cuda"
-        # More than 4 x L2, so that nothing is left there from the round before.
-        cold_bytes = (
-            4.2 * torch.cuda.get_device_properties(self.device).L2_cache_size if cuda else 1 << 20
-        )
-        limit = self.options.memory * 2**30
-        if cuda:
-            limit = min(limit, 0.6 * torch.cuda.mem_get_info(self.device)[0])
-        self.pool = Pool(
-            pool_elements([shape for _, shape in self.shapes], cold_bytes, int(limit)),
-            DTYPES[self.options.dtype], self.device,
-        )  # fmt: skip
+        shapes = [shape for _, shape in self.shapes]
+        dtype = DTYPES[self.options.dtype]
+        self.pool = Pool(shapes, dtype, self.device, self.options.memory * 2**30)
         self.sink = torch.zeros(1, dtype=torch.int32, device=self.device)
         began = time.perf_counter()
         todo = [(run, *item) for run in range(self.options.runs) for item in self.shapes]
@@ -177,7 +168,7 @@ class Bench:
                     return
                 advance(f"{set_name} {shape.name}")
                 try:
-                    case = self.pool.case(shape, cold_bytes)
+                    case = self.pool.case(shape)
                 except MemoryError as error:
                     print(f"{set_name} {shape.name}: skipped: {error}", flush=True)
                     continue

@@ -90,8 +90,8 @@ def _cp_async():
 
 
 def _sdpa(folded=False, is_flash=False):
-    """SDPA on a contiguous cache. `folded`: the query heads of a group as rows of one head, which is
-    the same attention where there is one query; else `enable_gqa`."""
+    """SDPA on a contiguous cache. `folded`: the query heads of a group as rows of one head, which
+    is the same attention where there is one query; else `enable_gqa`."""
 
     def prepare(case):
         shape = case.shape

@@ -61,7 +61,7 @@ def shape_columns(set_name, shape):
 
 
 class Writer:
-    """A CSV file that begins with `# key: value` lines and holds each row as soon as it is there."""
+    """A CSV file that begins with `# key: value` lines; each row is in it as soon as it is there."""
 
     def __init__(self, path, header):
         self.file = open(path, "w", newline="")
