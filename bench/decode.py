@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def main(arguments=None):
     options = _parse(arguments)
-    device = torch.device(options.device)
+    device = options.device
     if device.type == "cuda":
         if not torch.cuda.is_available():
             sys.exit("bench.decode: torch sees no CUDA device; --device cpu --set tiny tries it")
@@ -83,7 +83,9 @@ def _parse(arguments):
         "--seconds", type=float, help="begin no shape after so many seconds, and say what is left"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu to try --set tiny")
+    parser.add_argument(
+        "--device", type=_device, default="cuda", help="cuda, cuda:N; cpu to try --set tiny"
+    )
     parser.add_argument(
         "--memory", type=float, default=48, metavar="GIB", help="for K and V at most; default: 48"
     )
@@ -96,12 +98,29 @@ def _parse(arguments):
         "--commit", help="for the header where there is no git; also LEANATTN_COMMIT"
     )
     options = parser.parse_args(arguments)
-    if options.device == "cpu" and set(options.sets) != {"tiny"}:
+    if options.device.type == "cpu" and set(options.sets) != {"tiny"}:
         parser.error("--device cpu is to try the bench: it takes --set tiny alone")
+    options.shapes = [
+        (name, shape)
+        for name, shape in shapes_of(options.sets)
+        if options.shape is None or options.shape in shape.name
+    ][options.shard[0] :: options.shard[1]]
+    if not options.shapes:
+        parser.error("no shape is left by --shape and --shard")
     for path in [options.csv and options.csv.parent, options.plot]:
         if path:
             path.mkdir(parents=True, exist_ok=True)
     return options
+
+
+def _device(text):
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return device
 
 
 def _patterns(text):
@@ -139,20 +158,12 @@ class Bench:
             if (implementation.is_default if options.impl is None
                 else any(fnmatch.fnmatch(implementation.name, p) for p in options.impl))
         ]  # fmt: skip
-        index, count = options.shard
-        wanted = [
-            (name, shape)
-            for name, shape in shapes_of(options.sets)
-            if options.shape is None or options.shape in shape.name
-        ]
-        self.shapes = wanted[index::count]
+        self.shapes = options.shapes
         self.told = set()
         self.missing = {}  # implementation -> why it is not importable
 
     def run(self):
         """Yields the rows of each shape."""
-        if not self.shapes:
-            return
         shapes = [shape for _, shape in self.shapes]
         dtype = DTYPES[self.options.dtype]
         self.pool = Pool(shapes, dtype, self.device, self.options.memory * 2**30)

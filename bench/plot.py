@@ -71,8 +71,8 @@ def tables_markdown(headers, rows):
         lines = "".join(f"- {key}: {value}\n" for key, value in header.items())
         parts.append(f"`{name}`\n\n{lines}\n")
     parts.append(
-        "Time / read floor, geometric means; in brackets the number of shapes that an implementation "
-        f"took, where not all.\n\n{markdown(*means_table(rows))}\n"
+        "Time / read floor, geometric means; in brackets the number of shapes that an "
+        f"implementation took, where not all.\n\n{markdown(*means_table(rows))}\n"
     )
     for name, group in entries(rows).items():
         parts.append(f"## {name}\n\nMicroseconds a call.\n\n{markdown(*times_table(group))}\n")

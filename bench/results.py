@@ -61,7 +61,7 @@ def shape_columns(set_name, shape):
 
 
 class Writer:
-    """A CSV file that begins with `# key: value` lines; each row is in it as soon as it is there."""
+    """A CSV file that begins with `# key: value` lines and holds each row once it is there."""
 
     def __init__(self, path, header):
         self.file = open(path, "w", newline="")
@@ -239,6 +239,6 @@ def _beyond_target(entry):
 
 
 def names_in(entries_of_set, attribute="times"):
-    """Implementations that have times: the floor, ours, peers, each group in order of appearance."""
+    """Implementations that have times: floor, ours, peers, each group in order of appearance."""
     names = dict.fromkeys(name for entry in entries_of_set for name in getattr(entry, attribute))
     return sorted(names, key=lambda name: (name != FLOOR, not name.startswith(OURS)))

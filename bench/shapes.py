@@ -1,4 +1,4 @@
-"""What is measured: the sets of shapes, each a list that is the same in every run. No torch here."""
+"""What is measured: sets of shapes, each a list that is the same in every run. No torch here."""
 
 import random
 import zlib
@@ -160,8 +160,8 @@ RATIOS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 def ragged():
-    """LeanAttention's sweep of the batch-context ratio, mixes of few long with many short sequences,
-    and batches of many short ones."""
+    """LeanAttention's sweep of the batch-context ratio, mixes of one long with many short
+    sequences, and batches of many short ones."""
     shapes = []
     for heads_kv, batch, longest in (
         (8, 4, 65536), (8, 16, 65536), (8, 32, 32768), (8, 128, 8192),

@@ -1,6 +1,6 @@
 """Results as text: rich tables on a terminal, plain columns elsewhere, Markdown for the README."""
 
-from bench.results import FLOOR, OURS, entries, names_in, peers_of, summary
+from bench.results import FLOOR, entries, names_in, summary
 
 
 def print_tables(rows, markdown=False):

@@ -1,5 +1,5 @@
-"""How times are taken: CUDA graphs of one call for each input set, warm, all implementations in turn
-so that clocks and other tenants treat them alike."""
+"""How times are taken: CUDA graphs of one call for each input set, warm, all implementations in
+turn, so that clocks and other tenants treat them alike."""
 
 import statistics
 import time
