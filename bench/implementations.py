@@ -181,9 +181,9 @@ def _pages(case):
 _workspaces = {}
 
 
-def _workspace(device, mebibytes):
+def _workspace(owner, device, mebibytes):
     """Of zeros at first; kept, because every shape needs the same."""
-    key = (str(device), mebibytes)
+    key = (owner, str(device))
     if key not in _workspaces:
         _workspaces[key] = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
     return _workspaces[key]
@@ -197,7 +197,7 @@ def _flashinfer_decode(case):
     """The tensor-core decode, or for several queries the prefill that it is made of."""
     flashinfer = importlib.import_module("flashinfer")
     shape, pages = case.shape, _pages(case)
-    workspace = _workspace(case.device, 512)
+    workspace = _workspace("flashinfer", case.device, 512)
     dtypes = dict(q_data_type=case.dtype, kv_data_type=case.dtype)
     if shape.seqlen_q == 1:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
@@ -256,8 +256,8 @@ def _flashinfer_xqa(case):
         raise Refused("XQA is called here for one query a sequence")
     if pages.page_size not in (16, 32, 64, 128):
         raise Refused("XQA takes pages of 16, 32, 64 or 128")
-    workspace = _workspace(case.device, 512)
-    semaphores = _workspace(case.device, 8).view(torch.uint32)
+    workspace = _workspace("xqa", case.device, 512)
+    semaphores = _workspace("xqa semaphores", case.device, 8).view(torch.uint32)
     lengths = pages.lengths.view(torch.uint32)[:, None]
     # The kernel scales by 1 / sqrt(head_dim) itself.
 
