@@ -17,9 +17,9 @@ import torch
 import leanattn
 from bench import timing
 from bench.data import TOLERANCE, Pool, truth
-from bench.implementations import IMPLEMENTATIONS, NAMES, reason_of, try_call
+from bench.implementations import IMPLEMENTATIONS, NAMES, environment, reason_of, try_call
 from bench.provenance import provenance
-from bench.results import FLOOR, Row, Writer, shape_columns
+from bench.results import FLOOR, ROWS_FLOOR, Row, Writer, shape_columns
 from bench.shapes import SETS, shapes_of
 from bench.tables import print_tables
 
@@ -242,7 +242,13 @@ class Bench:
         def floor(inputs):
             torch.ops.leanattn.read_floor(inputs.k_visible, inputs.v_visible, self.sink)
 
+        def rows_floor(inputs):
+            torch.ops.leanattn.read_rows_floor(inputs.k_cache, inputs.v_cache, self.sink)
+
         graphs = {FLOOR: timing.CudaGraph(floor, case.sets)}
+        if case.shape.has_short_rows and torch.cuda.get_device_capability(self.device) >= (9, 0):
+            with environment(LEANATTN_LOADER="tma"):  # that floor is of bulk copies alone
+                graphs[ROWS_FLOOR] = timing.CudaGraph(rows_floor, case.sets)
         for name, (implementation, p) in prepared.items():
             try:
                 with implementation.context():

@@ -2,8 +2,8 @@
 # Fetches FlashInfer and what it imports as wheels into .peers/ (12 MB), for a GPU machine that has
 # torch and nvcc but no network; FlashInfer compiles its kernels there at their first use. There:
 #     pip install --no-index --no-deps --target PEERS .peers/*.whl && export PYTHONPATH=PEERS
-# An argument names the Python there, by default 3.12. Version 0.5.3, because its wheel has 7 MB, where
-# 0.7.2's has 62, and imports without CUTLASS's DSL, which has hundreds.
+# An argument names the Python there, by default 3.12. Version 0.5.3, because its wheel has 7 MB,
+# where 0.7.2's has 62, and imports without CUTLASS's DSL, which has hundreds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 pip download --no-deps --only-binary=:all: --dest .peers \

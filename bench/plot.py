@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bench.results import FLOOR, OURS, entries, names_in, read
+from bench.results import FLOOR, OURS, ROWS_FLOOR, entries, names_in, read
 from bench.tables import markdown, means_table, steps_table, summary_text, times_table
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a family has one colour.
@@ -19,6 +19,7 @@ _BLUE, _SKY, _ORANGE, _GREEN = "#0072B2", "#56B4E9", "#E69F00", "#009E73"
 _VERMILION, _PURPLE, _YELLOW = "#D55E00", "#CC79A7", "#D0C000"
 STYLES = {  # implementation -> colour, line, marker
     FLOOR: (_BLACK, "--", ""),
+    ROWS_FLOOR: (_BLACK, ":", ""),
     OURS: (_BLUE, "-", "o"),
     "leanattn-no_counters": (_SKY, "-", "o"),
     "leanattn-cp_async": (_SKY, "--", "v"),

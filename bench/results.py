@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Optional
 
 FLOOR = "floor"
+ROWS_FLOOR = "floor-rows"  # the same bytes by the rows of the layout, head after head
 OURS = "leanattn"
 
 
@@ -241,4 +242,4 @@ def _beyond_target(entry):
 def names_in(entries_of_set, attribute="times"):
     """Implementations that have times: floor, ours, peers, each group in order of appearance."""
     names = dict.fromkeys(name for entry in entries_of_set for name in getattr(entry, attribute))
-    return sorted(names, key=lambda name: (name != FLOOR, not name.startswith(OURS)))
+    return sorted(names, key=lambda name: (not name.startswith(FLOOR), not name.startswith(OURS)))

@@ -46,6 +46,14 @@ class Shape:
         return sum(self.lengths) / self.batch / self.capacity
 
     @property
+    def has_short_rows(self):
+        """Whether a head's tokens lie apart in rows of 128 bytes or less, which cost more to read
+        than the same bytes in the order of memory."""
+        contiguous = self.page_size is None and not self.is_ragged
+        short = self.heads_kv > 1 and self.head_dim * ELEMENT_BYTES <= 128
+        return contiguous and short and self.layout == "bshd"
+
+    @property
     def pages(self):
         """Pages that hold the tokens, of all sequences."""
         return sum(-(-length // self.page_size) for length in self.lengths)

@@ -57,6 +57,13 @@ def test_bytes_by_hand():
     assert paged.visible_bytes == shape.visible_bytes
 
 
+def test_short_rows_are_those_of_64_elements_between_other_heads():
+    found = {s.name for s in shapes.gqa() if s.has_short_rows}
+    assert found == {s.name for s in shapes.gqa() if "D64" in s.name and "bshd" in s.name
+                     and s.heads_kv > 1}  # fmt: skip
+    assert "b8 32/8 D64 s4096 bshd" in found and not any(s.has_short_rows for s in shapes.seed())
+
+
 def test_the_sweep_has_the_ratios_that_it_names():
     sweep = [shape for shape in shapes.ragged() if "ratio" in shape.name]
     assert len(sweep) == 31
@@ -274,7 +281,7 @@ def test_plots_are_written(tmp_path, capsys):
 
 
 def test_each_implementation_has_a_style():
-    assert set(plot.STYLES) == {"floor", *(i.name for i in IMPLEMENTATIONS)}
+    assert set(plot.STYLES) == {"floor", "floor-rows", *(i.name for i in IMPLEMENTATIONS)}
     assert len(set(plot.STYLES.values())) == len(plot.STYLES)
 
 
@@ -352,3 +359,38 @@ def test_the_sweep_forces_every_combination():
         0.1
     )
     assert tune.loss({"num_units=64": 10.0}) == 0
+
+
+@pytest.mark.gpu
+def test_the_floors_read_any_layout(device):
+    """They run on what the bench gives them, in a graph too; what they read is not to be seen."""
+    device = torch.device(device, torch.cuda.current_device())
+    sink = torch.zeros(1, dtype=torch.int32, device=device)
+    group = [*shapes.tiny(), shapes.uniform(2, 8, 2, 64, 300), shapes.uniform(1, 4, 2, 256, 129)]
+    pool = data.Pool(group, torch.bfloat16, device, 1 << 30)
+    for shape in group:
+        case = pool.case(shape)
+
+        def floor(inputs):
+            torch.ops.leanattn.read_floor(inputs.k_visible, inputs.v_visible, sink)
+
+        def rows_floor(inputs):
+            torch.ops.leanattn.read_rows_floor(inputs.k_cache, inputs.v_cache, sink)
+
+        assert timing.graph_times({"floor": timing.CudaGraph(floor, case.sets)})["floor"].median > 0
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            with environment(LEANATTN_LOADER="tma"):
+                graph = timing.CudaGraph(rows_floor, case.sets)
+            assert timing.graph_times({"rows": graph})["rows"].median > 0
+    assert sink.item() == 0
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(device, tmp_path):
+    path = tmp_path / "tiny.csv"
+    assert decode.main(["--set", "tiny", "--device", device, "--csv", str(path)]) == 0
+    _, written = results.read(path)
+    measured = {(row.shape, row.implementation) for row in written if row.us}
+    assert {
+        ("b2 4/2 D64 s96 bshd", name) for name in ("floor", "floor-rows", "leanattn")
+    } <= measured
