@@ -45,14 +45,14 @@ struct Boxes {
   static_assert(kBoxTokens * 64 * 2 == kChunkBytes);
 
   int column_blocks, tiles, heads;
-  int64_t count;  // of K and V together
+  int count;  // of K and V together
 };
 
 #if __CUDA_ARCH__ >= 900
 // The indices begin, begin + step, ... before end: copy(index, full_barrier, stage_smem) puts a
 // chunk into a stage of the ring and names its bytes to the barrier.
 template <class Copy>
-__device__ uint32_t stream(int64_t begin, int64_t end, int64_t step, Copy copy) {
+__device__ uint32_t stream(int begin, int end, int step, Copy copy) {
   // Swizzled boxes repeat every 1024 bytes.
   extern __shared__ __align__(1024) uint8_t ring_smem[];  // [kStages][kChunkBytes]
   __shared__ uint64_t full[kStages], empty[kStages];
@@ -65,13 +65,13 @@ __device__ uint32_t stream(int64_t begin, int64_t end, int64_t step, Copy copy) 
   uint32_t seen = 0;
   RingPosition position;
   if (threadIdx.x == kConsumers) {
-    for (int64_t index = begin; index < end; index += step) {
+    for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&empty[position.stage], position.phase ^ 1);
       copy(index, &full[position.stage], ring_smem + position.stage * kChunkBytes);
       position.advance(kStages);
     }
   } else if (threadIdx.x < kConsumers) {
-    for (int64_t index = begin; index < end; index += step) {
+    for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&full[position.stage], position.phase);
       seen ^= *reinterpret_cast<const uint32_t*>(ring_smem + position.stage * kChunkBytes +
                                                  threadIdx.x * 16);
@@ -86,8 +86,8 @@ __device__ uint32_t stream(int64_t begin, int64_t end, int64_t step, Copy copy) 
 __device__ uint32_t stream_chunks(const Chunks& chunks) {
   return stream(
       blockIdx.x, chunks.count, gridDim.x,
-      [&](int64_t i, uint64_t* full_barrier, uint8_t* stage_smem) {
-        const int index = static_cast<int>(i), bytes = chunks.bytes(index);
+      [&](int index, uint64_t* full_barrier, uint8_t* stage_smem) {
+        const int bytes = chunks.bytes(index);
         cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, bytes);
         cute::SM90_BULK_COPY_G2S::copy(chunks.data(index), full_barrier, stage_smem, bytes);
       });
@@ -95,12 +95,12 @@ __device__ uint32_t stream_chunks(const Chunks& chunks) {
 
 // Every CTA an equal stretch, like the shares of a decode.
 __device__ uint32_t stream_boxes(const CUtensorMap& k, const CUtensorMap& v, const Boxes& boxes) {
-  const int64_t begin = boxes.count * blockIdx.x / gridDim.x;
-  const int64_t end = boxes.count * (blockIdx.x + 1) / gridDim.x;
-  return stream(begin, end, 1, [&](int64_t index, uint64_t* full_barrier, uint8_t* stage_smem) {
-    int64_t left = index / 2;
+  const int begin = static_cast<int>(int64_t{boxes.count} * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(int64_t{boxes.count} * (blockIdx.x + 1) / gridDim.x);
+  return stream(begin, end, 1, [&](int index, uint64_t* full_barrier, uint8_t* stage_smem) {
+    int left = index / 2;
     const auto next = [&](int extent) {
-      const int coordinate = static_cast<int>(left % extent);
+      const int coordinate = left % extent;
       left /= extent;
       return coordinate;
     };
@@ -108,8 +108,7 @@ __device__ uint32_t stream_boxes(const CUtensorMap& k, const CUtensorMap& v, con
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, kChunkBytes);
     cute::SM90_TMA_LOAD_4D::copy(index % 2 ? &v : &k, full_barrier,
                                  static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                 stage_smem, block * 64, tile * Boxes::kBoxTokens, head,
-                                 static_cast<int>(left));
+                                 stage_smem, block * 64, tile * Boxes::kBoxTokens, head, left);
   });
 }
 #else
@@ -180,7 +179,8 @@ void launch_read_rows_floor(const DecodeParams& params, int* sink, int device,
   boxes.column_blocks = static_cast<int>(ceil_div<int64_t>(params.head_dim, 64));
   boxes.tiles = static_cast<int>(ceil_div<int64_t>(params.problem.capacity, Boxes::kBoxTokens));
   boxes.heads = params.problem.num_heads_kv;
-  boxes.count = int64_t{2} * boxes.column_blocks * boxes.tiles * boxes.heads * params.problem.batch;
+  // A count of 2^31 would be 32 TiB.
+  boxes.count = 2 * boxes.column_blocks * boxes.tiles * boxes.heads * params.problem.batch;
   check_cuda(cudaFuncSetAttribute(read_rows_floor_kernel,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
              "cudaFuncSetAttribute");
