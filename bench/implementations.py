@@ -142,7 +142,7 @@ def _backend(backend):
 
 
 @dataclass
-class _Pages:
+class Pages:
     """A cache as pages: the case's own, or a contiguous `[B, S, Hkv, D]` cut into such."""
 
     page_size: int
@@ -157,7 +157,7 @@ class _Pages:
         return cache.view(-1, self.page_size, *cache.shape[2:])
 
 
-def _pages(case):
+def as_pages(case):
     shape = case.shape
     page_size = shape.page_size
     if page_size is None:
@@ -175,7 +175,7 @@ def _pages(case):
     last = [length - (count - 1) * page_size for length, count in zip(shape.lengths, counts)]
     tensors = (indptr, indices, torch.tensor(last, dtype=torch.int32),
                torch.tensor(shape.lengths, dtype=torch.int32), table)  # fmt: skip
-    return _Pages(page_size, *(tensor.to(case.device) for tensor in tensors))
+    return Pages(page_size, *(tensor.to(case.device) for tensor in tensors))
 
 
 _workspaces = {}
@@ -196,7 +196,7 @@ def _heads(shape):
 def _flashinfer_decode(case):
     """The tensor-core decode, or for several queries the prefill that it is made of."""
     flashinfer = importlib.import_module("flashinfer")
-    shape, pages = case.shape, _pages(case)
+    shape, pages = case.shape, as_pages(case)
     workspace = _workspace("flashinfer", case.device, 512)
     dtypes = dict(q_data_type=case.dtype, kv_data_type=case.dtype)
     if shape.seqlen_q == 1:
@@ -227,7 +227,7 @@ def _flashinfer_decode(case):
 
 def _flashinfer_batch_attention(case):
     flashinfer = importlib.import_module("flashinfer")
-    shape, pages = case.shape, _pages(case)
+    shape, pages = case.shape, as_pages(case)
     wrapper = flashinfer.BatchAttention(kv_layout="NHD", device=str(case.device))
     qo_indptr = _query_indptr(case)
 
@@ -251,7 +251,7 @@ def _flashinfer_batch_attention(case):
 def _flashinfer_xqa(case):
     """TensorRT-LLM's kernel in FlashInfer: one query, pages of 16 to 128, no plan."""
     xqa = importlib.import_module("flashinfer").xqa
-    shape, pages = case.shape, _pages(case)
+    shape, pages = case.shape, as_pages(case)
     if shape.seqlen_q > 1:
         raise Refused("XQA is called here for one query a sequence")
     if pages.page_size not in (16, 32, 64, 128):

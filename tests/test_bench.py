@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench takes it off again unless leanattn is built in place
 
 from bench import data, decode, host_time, plot, results, shapes, tables, timing, tune  # noqa: E402
-from bench.implementations import IMPLEMENTATIONS, environment, reason_of, try_call  # noqa: E402
+from bench.implementations import (  # noqa: E402
+    IMPLEMENTATIONS, Refused, as_pages, environment, reason_of, try_call,
+)  # fmt: skip
 
 CPU = torch.device("cpu")
 
@@ -161,6 +163,22 @@ def test_what_runs_on_the_cpu_is_right():
     contiguous = {shape.name for shape in shapes.tiny() if not shape.page_size}
     for name in ("leanattn", "leanattn-no_counters", "math"):
         assert answered[name] >= contiguous
+
+
+def test_pages_hold_what_the_sequences_hold():
+    """What FlashInfer is given, of paged caches and of contiguous ones cut into pages."""
+    for case in cases():
+        if case.shape.layout == "bhsd":
+            with pytest.raises(Refused, match="takes pages only"):
+                as_pages(case)
+            continue
+        pages, cache = as_pages(case), case.sets[0].k_cache
+        for seq, length in enumerate(case.shape.lengths):
+            begin, end = pages.indptr[seq : seq + 2].tolist()
+            taken = pages.view(cache)[pages.indices[begin:end].long()].flatten(0, 1)[:length]
+            assert torch.equal(taken, data._sequence(case, cache, seq))
+            assert (end - begin - 1) * pages.page_size + pages.last_page_len[seq] == length
+            assert torch.equal(pages.table[seq, : end - begin], pages.indices[begin:end])
 
 
 def test_environment_is_put_back(monkeypatch):
