@@ -124,14 +124,14 @@ def _draw(axes, name, xs, ys, **options):
     )  # fmt: skip
 
 
-def _legend(figure, axes_list):
+def _legend(figure, axes_list, columns=6):
     """One for all axes, below them."""
     handles = {}
     for axes in axes_list:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=min(6, len(handles)),
+        handles.values(), handles, loc="outside lower center", ncols=min(columns, len(handles)),
         frameon=False, fontsize=8,
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def _plot_ratio(groups):
     sweeps = {key: sorted(points) for key, points in sweeps.items() if len(points) > 1}
     if not sweeps:
         return None
-    figure, axes = _figure(1, 1, width=6.4, height=4.4)
+    figure, axes = _figure(1, 1, width=6.4, height=5)
     panel = axes[0][0]
     for i, ((heads_q, heads_kv, batch, longest), points) in enumerate(sweeps.items()):
         panel.plot(
@@ -185,7 +185,7 @@ def _plot_ratio(groups):
     panel.set(xlabel="batch-context ratio: average / longest context",
               ylabel="best peer's time / leanattn's")  # fmt: skip
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8, frameon=False)
+    _legend(figure, [panel], columns=2)
     return figure
 
 

@@ -15,8 +15,13 @@ sys.path.append(str(ROOT))  # bench takes it off again unless leanattn is built 
 
 from bench import data, decode, host_time, plot, results, shapes, tables, timing, tune  # noqa: E402
 from bench.implementations import (  # noqa: E402
-    IMPLEMENTATIONS, Refused, as_pages, environment, reason_of, try_call,
-)  # fmt: skip
+    IMPLEMENTATIONS,
+    Refused,
+    as_pages,
+    environment,
+    reason_of,
+    try_call,
+)
 
 CPU = torch.device("cpu")
 
