@@ -54,11 +54,48 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
                     current_cuda_stream(device));
 }
 
+void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
+  const Checker check("read_rows_floor");
+  check.require(k_cache.is_cuda(), "k_cache", "must be on CUDA, got ", device_string(k_cache));
+  check.require(k_cache.dim() == 4 && k_cache.numel() > 0, "k_cache",
+                "must be [B, S, Hkv, D] and not empty, got ", shape_string(k_cache));
+  check.require(k_cache.scalar_type() == ScalarType::Half ||
+                    k_cache.scalar_type() == ScalarType::BFloat16,
+                "k_cache", "must be float16 or bfloat16");
+  check.dtype(v_cache, "v_cache", k_cache.scalar_type());
+  check.shape(v_cache, "v_cache", "[B, S, Hkv, D]",
+              {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
+  check.same_device(v_cache, "v_cache", k_cache);
+  check.cuda_layout(k_cache, "k_cache");
+  check.cuda_layout(v_cache, "v_cache");
+  check.same_device(sink, "sink", k_cache);
+  check.dtype(sink, "sink", ScalarType::Int);
+  const bool is_half = k_cache.scalar_type() == ScalarType::Half;
+
+  DecodeParams p{};
+  p.element_type = is_half ? ElementType::kFloat16 : ElementType::kBFloat16;
+  p.head_dim = p.head_dim_v = static_cast<int>(k_cache.size(3));
+  p.problem.batch = static_cast<int>(k_cache.size(0));
+  p.problem.capacity = static_cast<int>(k_cache.size(1));
+  p.problem.num_heads_kv = FastDivisor(static_cast<int>(k_cache.size(2)));
+  p.problem.tile_tokens_log2 = 7;
+  p.k = k_cache.const_data_ptr();
+  p.v = v_cache.const_data_ptr();
+  p.k_batch_stride = k_cache.stride(0), p.v_batch_stride = v_cache.stride(0);
+  p.k_seq_stride = k_cache.stride(1), p.v_seq_stride = v_cache.stride(1);
+  p.k_head_stride = k_cache.stride(2), p.v_head_stride = v_cache.stride(2);
+  const int device = k_cache.get_device_index();
+  const DeviceGuard guard(device);
+  launch_read_rows_floor(p, static_cast<int*>(sink.mutable_data_ptr()), device,
+                         current_cuda_stream(device));
+}
+
 #else
 
 void warmup(int64_t) { throw_without_cuda("warmup"); }
 int64_t max_units(int64_t) { throw_without_cuda("max_units"); }
 void read_floor(Tensor, Tensor, Tensor) { throw_without_cuda("read_floor"); }
+void read_rows_floor(Tensor, Tensor, Tensor) { throw_without_cuda("read_rows_floor"); }
 
 #endif
 

@@ -19,4 +19,8 @@ int64_t max_units(int64_t device_index);
 // Reads a and b once, contiguous CUDA tensors; `sink` [1] int32 is never written in practice.
 void read_floor(Tensor a, Tensor b, Tensor sink);
 
+// Reads the rows of two caches [B, S, Hkv, D] once, head after head, as decode does; fp16 or bf16 on
+// sm_90 or newer, strides as decode takes them.
+void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink);
+
 }  // namespace leanattn

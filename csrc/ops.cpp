@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("warmup(int device_index) -> ()");
   m.def("max_units(int device_index) -> int");
   m.def("read_floor(Tensor a, Tensor b, Tensor(a!) sink) -> ()");
+  m.def("read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor(a!) sink) -> ()");
 }
 
 #define LEANATTN_IMPLEMENT_DECODE(m)                              \
@@ -65,6 +66,7 @@ STABLE_TORCH_LIBRARY_IMPL(leanattn, CUDA, m) {
   LEANATTN_IMPLEMENT_DECODE(m);
   LEANATTN_IMPLEMENT_OTHERS(m);
   m.impl("read_floor", TORCH_BOX(&leanattn::read_floor));
+  m.impl("read_rows_floor", TORCH_BOX(&leanattn::read_rows_floor));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CompositeExplicitAutograd, m) {

@@ -48,4 +48,8 @@ std::vector<int32_t> copy_to_host(const int32_t* values, int64_t stride, int n,
 void launch_read_floor(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b, int* sink,
                        int device, cudaStream_t stream);
 
+// Likewise the rows of params.k and params.v, [B, S, Hkv, D] both, in tiles of 128 tokens of a head.
+// Throws where there are no bulk tensor copies.
+void launch_read_rows_floor(const DecodeParams& params, int* sink, int device, cudaStream_t stream);
+
 }  // namespace leanattn

@@ -1,12 +1,16 @@
 // The read floor: how fast this machine reads given memory at all. Every CTA streams its interleaved
 // chunks of 16 KiB through a ring in shared memory by bulk copies; consumers touch each chunk once.
 // Below sm_90, plain 16-byte loads, which come within 2% of it.
+//
+// And the floor of a layout: the rows of a cache by bulk tensor copies, head after head, as a
+// decode reads them. Rows of 128 bytes with other heads' rows between them cost more than the same
+// bytes in the order of memory.
 #include "host_util.h"
 #include "kernel/ring.h"
 #include "launch.h"
 
-#include <cute/arch/copy_sm90_tma.hpp>
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/copy_sm90_tma.hpp>
 
 namespace leanattn {
 namespace {
@@ -34,9 +38,23 @@ struct Chunks {
   }
 };
 
+// Boxes of kBoxTokens x 64 elements, K's and V's in turn: column block after column block, tile
+// after tile, head after head. A box that reaches over the last token counts as whole.
+struct Boxes {
+  static constexpr int kBoxTokens = 128;
+  static_assert(kBoxTokens * 64 * 2 == kChunkBytes);
+
+  int column_blocks, tiles, heads;
+  int count;  // of K and V together
+};
+
 #if __CUDA_ARCH__ >= 900
-__device__ uint32_t stream_chunks(const Chunks& chunks) {
-  extern __shared__ __align__(128) uint8_t ring_smem[];  // [kStages][kChunkBytes]
+// The indices begin, begin + step, ... before end: copy(index, full_barrier, stage_smem) puts a
+// chunk into a stage of the ring and names its bytes to the barrier.
+template <class Copy>
+__device__ uint32_t stream(int begin, int end, int step, Copy copy) {
+  // Swizzled boxes repeat every 1024 bytes.
+  extern __shared__ __align__(1024) uint8_t ring_smem[];  // [kStages][kChunkBytes]
   __shared__ uint64_t full[kStages], empty[kStages];
   if (threadIdx.x < kStages) {
     ptx::mbarrier_init(&full[threadIdx.x], 1);
@@ -47,17 +65,13 @@ __device__ uint32_t stream_chunks(const Chunks& chunks) {
   uint32_t seen = 0;
   RingPosition position;
   if (threadIdx.x == kConsumers) {
-    for (int index = blockIdx.x; index < chunks.count; index += gridDim.x) {
-      const int bytes = chunks.bytes(index);
-      uint64_t* full_barrier = &full[position.stage];
+    for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&empty[position.stage], position.phase ^ 1);
-      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, bytes);
-      cute::SM90_BULK_COPY_G2S::copy(chunks.data(index), full_barrier,
-                                     ring_smem + position.stage * kChunkBytes, bytes);
+      copy(index, &full[position.stage], ring_smem + position.stage * kChunkBytes);
       position.advance(kStages);
     }
   } else if (threadIdx.x < kConsumers) {
-    for (int index = blockIdx.x; index < chunks.count; index += gridDim.x) {
+    for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&full[position.stage], position.phase);
       seen ^= *reinterpret_cast<const uint32_t*>(ring_smem + position.stage * kChunkBytes +
                                                  threadIdx.x * 16);
@@ -67,6 +81,35 @@ __device__ uint32_t stream_chunks(const Chunks& chunks) {
     }
   }
   return seen;
+}
+
+__device__ uint32_t stream_chunks(const Chunks& chunks) {
+  return stream(
+      blockIdx.x, chunks.count, gridDim.x,
+      [&](int index, uint64_t* full_barrier, uint8_t* stage_smem) {
+        const int bytes = chunks.bytes(index);
+        cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, bytes);
+        cute::SM90_BULK_COPY_G2S::copy(chunks.data(index), full_barrier, stage_smem, bytes);
+      });
+}
+
+// Every CTA an equal stretch, like the shares of a decode.
+__device__ uint32_t stream_boxes(const CUtensorMap& k, const CUtensorMap& v, const Boxes& boxes) {
+  const int begin = static_cast<int>(int64_t{boxes.count} * blockIdx.x / gridDim.x);
+  const int end = static_cast<int>(int64_t{boxes.count} * (blockIdx.x + 1) / gridDim.x);
+  return stream(begin, end, 1, [&](int index, uint64_t* full_barrier, uint8_t* stage_smem) {
+    int left = index / 2;
+    const auto next = [&](int extent) {
+      const int coordinate = left % extent;
+      left /= extent;
+      return coordinate;
+    };
+    const int block = next(boxes.column_blocks), tile = next(boxes.tiles), head = next(boxes.heads);
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(full_barrier, kChunkBytes);
+    cute::SM90_TMA_LOAD_4D::copy(index % 2 ? &v : &k, full_barrier,
+                                 static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                 stage_smem, block * 64, tile * Boxes::kBoxTokens, head, left);
+  });
 }
 #else
 __device__ uint32_t stream_chunks(const Chunks& chunks) {
@@ -81,6 +124,9 @@ __device__ uint32_t stream_chunks(const Chunks& chunks) {
   }
   return seen;
 }
+
+// Never called: the launcher asks for sm_90 code.
+__device__ uint32_t stream_boxes(const CUtensorMap&, const CUtensorMap&, const Boxes&) { return 0; }
 #endif
 
 __global__ void __launch_bounds__(kThreads) read_floor_kernel(Chunks chunks, int* sink) {
@@ -88,11 +134,18 @@ __global__ void __launch_bounds__(kThreads) read_floor_kernel(Chunks chunks, int
   if (stream_chunks(chunks) == 0x9e3779b9u) *sink = 1;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    read_rows_floor_kernel(const __grid_constant__ CUtensorMap k,
+                           const __grid_constant__ CUtensorMap v, Boxes boxes, int* sink) {
+  if (stream_boxes(k, v, boxes) == 0x9e3779b9u) *sink = 1;
+}
+
+constexpr int kSharedBytes = kStages * kChunkBytes;
+
 }  // namespace
 
 void launch_read_floor(const void* a, int64_t bytes_a, const void* b, int64_t bytes_b, int* sink,
                        int device, cudaStream_t stream) {
-  constexpr int kSharedBytes = kStages * kChunkBytes;
   const DeviceLimits& limits = device_limits(device);
   const int shared_bytes = limits.capability >= 90 ? kSharedBytes : 0;
   const int grid = limits.capability >= 90 ? limits.num_sms : limits.num_sms * 8;
@@ -102,10 +155,38 @@ void launch_read_floor(const void* a, int64_t bytes_a, const void* b, int64_t by
   const auto count = [](int64_t bytes) {
     return static_cast<int>(ceil_div<int64_t>(bytes, kChunkBytes));
   };
-  const Chunks chunks{static_cast<const uint8_t*>(a), static_cast<const uint8_t*>(b), bytes_a,
-                      bytes_b, count(bytes_a), count(bytes_a) + count(bytes_b)};
+  const Chunks chunks{static_cast<const uint8_t*>(a),
+                      static_cast<const uint8_t*>(b),
+                      bytes_a,
+                      bytes_b,
+                      count(bytes_a),
+                      count(bytes_a) + count(bytes_b)};
   read_floor_kernel<<<grid, kThreads, shared_bytes, stream>>>(chunks, sink);
   check_cuda(cudaGetLastError(), "read_floor_kernel");
+}
+
+void launch_read_rows_floor(const DecodeParams& params, int* sink, int device,
+                            cudaStream_t stream) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, read_rows_floor_kernel), "cudaFuncGetAttributes");
+  const DeviceLimits& limits = device_limits(device);
+  const bool has_tma = attributes.ptxVersion >= 90 && limits.capability >= 90;
+  const TensorMaps maps = has_tma ? make_tensor_maps(params) : TensorMaps{};
+  if (!maps.usable) {
+    throw_error("leanattn::read_rows_floor: not supported where bulk tensor copies cannot be used");
+  }
+  Boxes boxes;
+  boxes.column_blocks = static_cast<int>(ceil_div<int64_t>(params.head_dim, 64));
+  boxes.tiles = static_cast<int>(ceil_div<int64_t>(params.problem.capacity, Boxes::kBoxTokens));
+  boxes.heads = params.problem.num_heads_kv;
+  // A count of 2^31 would be 32 TiB.
+  boxes.count = 2 * boxes.column_blocks * boxes.tiles * boxes.heads * params.problem.batch;
+  check_cuda(cudaFuncSetAttribute(read_rows_floor_kernel,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+             "cudaFuncSetAttribute");
+  read_rows_floor_kernel<<<limits.num_sms, kThreads, kSharedBytes, stream>>>(
+      maps.k.tile, maps.v.tile, boxes, sink);
+  check_cuda(cudaGetLastError(), "read_rows_floor_kernel");
 }
 
 }  // namespace leanattn

@@ -1,0 +1,370 @@
+"""What is measured: leanattn in its variants, and its peers, each behind the same two steps.
+
+`prepare(case)` makes whatever may be made ahead of a step of decoding (plans, masks, buffers) and
+returns a `Prepared`; its `call(inputs)` is one step and is what is timed. Whoever cannot take a
+shape raises `Refused` with the reason, or whatever its library raises.
+"""
+
+import contextlib
+import importlib
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Callable, Optional
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+import leanattn
+
+
+class Refused(Exception):
+    """This implementation does not take this shape."""
+
+
+@dataclass
+class Prepared:
+    """`call(inputs)` gives out, `[B, Sq, Hq, D]` or of as many elements in that order. `plan()`, if
+    any, is what a user calls whenever the lengths have changed, and is not part of `call`."""
+
+    call: Callable
+    plan: Optional[Callable] = None
+
+
+@dataclass
+class Implementation:
+    name: str
+    prepare: Callable
+    context: Callable = contextlib.nullcontext  # around prepare and every call
+    is_default: bool = True
+
+    @property
+    def is_ours(self):
+        return self.name.startswith("leanattn")
+
+
+OURS = "leanattn"
+
+
+# --- leanattn -------------------------------------------------------------------------------------
+
+
+def _leanattn(with_counters=True, **options):
+    def prepare(case):
+        decode = torch.ops.leanattn.decode
+        counters = leanattn.counters(case.device) if with_counters else None
+
+        def call(inputs):
+            return decode(
+                inputs.q, inputs.k_cache, inputs.v_cache, case.cache_seqlens, case.block_table,
+                counters=counters, **options,
+            )  # fmt: skip
+
+        return Prepared(call)
+
+    return prepare
+
+
+@contextlib.contextmanager
+def environment(**variables):
+    """Environment variables, which leanattn reads at every call."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _cp_async():
+    return environment(LEANATTN_LOADER="cp_async")
+
+
+# --- torch SDPA -----------------------------------------------------------------------------------
+
+
+def _sdpa(folded=False, is_flash=False):
+    """SDPA on a contiguous cache. `folded`: the query heads of a group as rows of one head, which
+    is the same attention where there is one query; else `enable_gqa`."""
+
+    def prepare(case):
+        shape = case.shape
+        if shape.page_size:
+            raise Refused("SDPA takes no block table")
+        if folded and (shape.group_size == 1 or shape.seqlen_q > 1):
+            raise Refused("there is no group, or several queries, to fold into rows")
+        mask = _sdpa_mask(case, folded, is_flash)
+        grouped = shape.group_size > 1 and not folded
+        rows = (shape.batch, shape.heads_kv, shape.group_size, shape.head_dim)
+
+        def call(inputs):
+            q = inputs.q.view(rows) if folded else inputs.q.transpose(1, 2)
+            k, v = inputs.k_cache.transpose(1, 2), inputs.v_cache.transpose(1, 2)
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            return out if folded else out.transpose(1, 2)
+
+        return Prepared(call)
+
+    return prepare
+
+
+def _sdpa_mask(case, folded, is_flash):
+    """None where every key is seen; for Flash, which takes no mask, its own bottom-right causal
+    one; else an additive mask `[B or 1, 1, Sq, S]` in q's dtype, which spares SDPA's conversion of
+    a bool mask at every call."""
+    shape = case.shape
+    if shape.seqlen_q == 1 and not shape.is_ragged:
+        return None
+    if is_flash and not shape.is_ragged:
+        from torch.nn.attention.bias import causal_lower_right
+
+        return causal_lower_right(shape.seqlen_q, shape.capacity)
+    # A row of the mask must be a multiple of 16 bytes for the backends to take it.
+    columns = -(-shape.capacity // 8) * 8
+    lengths = torch.tensor(shape.lengths if shape.is_ragged else shape.lengths[:1])
+    positions = lengths[:, None] - shape.seqlen_q + torch.arange(shape.seqlen_q)  # [B or 1, Sq]
+    seen = torch.arange(columns) <= positions[:, :, None]  # [B or 1, Sq, columns]
+    mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, -math.inf)
+    return mask[:, None, :, : shape.capacity].to(case.device)
+
+
+def _backend(backend):
+    return lambda: sdpa_kernel(backend)
+
+
+# --- FlashInfer -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Pages:
+    """A cache as pages: the case's own, or a contiguous `[B, S, Hkv, D]` cut into such."""
+
+    page_size: int
+    indptr: torch.Tensor  # [B + 1] int32: where each sequence's entries of `indices` begin
+    indices: torch.Tensor  # [pages] int32
+    last_page_len: torch.Tensor  # [B] int32
+    lengths: torch.Tensor  # [B] int32
+    table: torch.Tensor  # [B, max_pages] int32
+
+    def view(self, cache):
+        """`[num_pages, page_size, Hkv, D]`"""
+        return cache.view(-1, self.page_size, *cache.shape[2:])
+
+
+def as_pages(case):
+    shape = case.shape
+    page_size = shape.page_size
+    if page_size is None:
+        page_size = next((size for size in (64, 32, 16) if shape.capacity % size == 0), None)
+        if page_size is None or shape.layout != "bshd":
+            raise Refused("takes pages only, and this contiguous cache cannot be cut into such")
+    counts = [-(-length // page_size) for length in shape.lengths]
+    if case.block_table is not None:
+        table = case.block_table.cpu()
+    else:
+        table = torch.arange(shape.batch * (shape.capacity // page_size), dtype=torch.int32)
+        table = table.view(shape.batch, -1)
+    indices = torch.cat([row[:count] for row, count in zip(table, counts)])
+    indptr = torch.tensor([0, *counts]).cumsum(0).int()
+    last = [length - (count - 1) * page_size for length, count in zip(shape.lengths, counts)]
+    tensors = (indptr, indices, torch.tensor(last, dtype=torch.int32),
+               torch.tensor(shape.lengths, dtype=torch.int32), table)  # fmt: skip
+    return Pages(page_size, *(tensor.to(case.device) for tensor in tensors))
+
+
+_workspaces = {}
+
+
+def _workspace(owner, device, mebibytes):
+    """Of zeros at first; kept, because every shape needs the same."""
+    key = (owner, str(device))
+    if key not in _workspaces:
+        _workspaces[key] = torch.zeros(mebibytes << 20, dtype=torch.uint8, device=device)
+    return _workspaces[key]
+
+
+def _heads(shape):
+    return shape.heads_q, shape.heads_kv, shape.head_dim
+
+
+def _flashinfer_decode(case):
+    """The tensor-core decode, or for several queries the prefill that it is made of."""
+    flashinfer = importlib.import_module("flashinfer")
+    shape, pages = case.shape, as_pages(case)
+    workspace = _workspace("flashinfer", case.device, 512)
+    dtypes = dict(q_data_type=case.dtype, kv_data_type=case.dtype)
+    if shape.seqlen_q == 1:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_tensor_cores=True
+        )
+
+        def plan():
+            wrapper.plan(pages.indptr, pages.indices, pages.last_page_len, *_heads(shape),
+                         pages.page_size, **dtypes)  # fmt: skip
+    else:
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        qo_indptr = _query_indptr(case)
+
+        def plan():
+            wrapper.plan(qo_indptr, pages.indptr, pages.indices, pages.last_page_len,
+                         *_heads(shape), pages.page_size, causal=True, **dtypes)  # fmt: skip
+
+    plan()
+
+    def call(inputs):
+        return wrapper.run(
+            inputs.q.flatten(0, 1), (pages.view(inputs.k_cache), pages.view(inputs.v_cache))
+        )
+
+    return Prepared(call, plan)
+
+
+def _flashinfer_batch_attention(case):
+    flashinfer = importlib.import_module("flashinfer")
+    shape, pages = case.shape, as_pages(case)
+    wrapper = flashinfer.BatchAttention(kv_layout="NHD", device=str(case.device))
+    qo_indptr = _query_indptr(case)
+
+    def plan():
+        wrapper.plan(qo_indptr, pages.indptr, pages.indices, pages.lengths, shape.heads_q,
+                     shape.heads_kv, shape.head_dim, shape.head_dim, pages.page_size,
+                     causal=shape.seqlen_q > 1, q_data_type=case.dtype,
+                     kv_data_type=case.dtype)  # fmt: skip
+
+    plan()
+
+    def call(inputs):
+        out, _ = wrapper.run(
+            inputs.q.flatten(0, 1), (pages.view(inputs.k_cache), pages.view(inputs.v_cache))
+        )
+        return out
+
+    return Prepared(call, plan)
+
+
+def _flashinfer_xqa(case):
+    """TensorRT-LLM's kernel in FlashInfer: one query, pages of 16 to 128, no plan."""
+    xqa = importlib.import_module("flashinfer").xqa
+    shape, pages = case.shape, as_pages(case)
+    if shape.seqlen_q > 1:
+        raise Refused("XQA is called here for one query a sequence")
+    if pages.page_size not in (16, 32, 64, 128):
+        raise Refused("XQA takes pages of 16, 32, 64 or 128")
+    workspace = _workspace("xqa", case.device, 512)
+    semaphores = _workspace("xqa semaphores", case.device, 8).view(torch.uint32)
+    lengths = pages.lengths.view(torch.uint32)[:, None]
+    # The kernel scales by 1 / sqrt(head_dim) itself.
+
+    def call(inputs):
+        out = torch.empty_like(inputs.q)
+        xqa(inputs.q, pages.view(inputs.k_cache), pages.view(inputs.v_cache), pages.table, lengths,
+            out, workspace, semaphores, shape.heads_kv, pages.page_size)  # fmt: skip
+        return out
+
+    return Prepared(call)
+
+
+def _query_indptr(case):
+    count = case.shape.batch + 1
+    return torch.arange(count, dtype=torch.int32, device=case.device) * case.shape.seqlen_q
+
+
+# --- FlashAttention -------------------------------------------------------------------------------
+
+
+def _flash_attention_2(case):
+    function = importlib.import_module("flash_attn").flash_attn_with_kvcache
+
+    def call(inputs):
+        return function(inputs.q, inputs.k_cache, inputs.v_cache, cache_seqlens=case.cache_seqlens,
+                        block_table=case.block_table, causal=True)  # fmt: skip
+
+    return Prepared(call)
+
+
+def _flash_attention_3(case):
+    module = importlib.import_module("flash_attn_interface")
+    shape = case.shape
+    prepared = Prepared(None)
+    state = {"metadata": None}
+
+    def call(inputs):
+        return module.flash_attn_with_kvcache(
+            inputs.q, inputs.k_cache, inputs.v_cache, cache_seqlens=case.cache_seqlens,
+            page_table=case.block_table, causal=shape.seqlen_q > 1,
+            scheduler_metadata=state["metadata"],
+        )  # fmt: skip
+
+    def plan():
+        state["metadata"] = module.get_scheduler_metadata(
+            shape.batch, shape.seqlen_q, shape.capacity, *_heads(shape), case.cache_seqlens,
+            case.dtype, page_size=shape.page_size, causal=shape.seqlen_q > 1,
+        )  # fmt: skip
+
+    prepared.call = call
+    if case.cache_seqlens is not None:
+        prepared.plan = plan
+        plan()
+    return prepared
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+IMPLEMENTATIONS = [
+    Implementation(OURS, _leanattn()),
+    Implementation("leanattn-no_counters", _leanattn(with_counters=False)),
+    Implementation("leanattn-cp_async", _leanattn(), _cp_async, is_default=False),
+    Implementation("leanattn-batch_invariant", _leanattn(batch_invariant=True), is_default=False),
+    Implementation("cudnn", _sdpa(), _backend(SDPBackend.CUDNN_ATTENTION)),
+    Implementation("cudnn-folded", _sdpa(folded=True), _backend(SDPBackend.CUDNN_ATTENTION)),
+    Implementation("flash", _sdpa(is_flash=True), _backend(SDPBackend.FLASH_ATTENTION)),
+    Implementation(
+        "flash-folded", _sdpa(folded=True, is_flash=True), _backend(SDPBackend.FLASH_ATTENTION)
+    ),
+    Implementation("efficient", _sdpa(), _backend(SDPBackend.EFFICIENT_ATTENTION)),
+    Implementation(
+        "efficient-folded", _sdpa(folded=True), _backend(SDPBackend.EFFICIENT_ATTENTION)
+    ),
+    Implementation("math", _sdpa(), _backend(SDPBackend.MATH), is_default=False),
+    Implementation("flashinfer", _flashinfer_decode),
+    Implementation("flashinfer-batch_attention", _flashinfer_batch_attention),
+    Implementation("flashinfer-xqa", _flashinfer_xqa),
+    Implementation("fa2", _flash_attention_2),
+    Implementation("fa3", _flash_attention_3),
+]
+NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+
+
+def try_call(implementation, case):
+    """(Prepared, out) after one call on the first input set, or (None, reason)."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # SDPA tells in warnings why a backend refuses
+        try:
+            with implementation.context():
+                prepared = implementation.prepare(case)
+                out = prepared.call(case.sets[0])
+            if case.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # whatever a library raises is its reason
+            return None, reason_of(error, caught)
+    return prepared, out.reshape(case.sets[0].q.shape)
+
+
+def reason_of(error, caught=()):
+    """One line."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"not importable here: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "not enough GPU memory"
+    text = str(error).strip() or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [str(warning.message).split(" (Triggered")[0] for warning in caught]
+    if "No available kernel" in text and told:
+        lines = [" ".join(line for line in told if "runtime disabled" not in line)]
+    return lines[0][:300]
