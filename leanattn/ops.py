@@ -63,7 +63,11 @@ def decode(
         softcap: 0 for none, else scores become softcap * tanh(score / softcap).
         alibi_slopes: fp32 `[Hq]` or `[B, Hq]`; scores become score - slope * abs(p - j).
         sinks: fp32 `[Hq]`, one more logit a head in the denominator.
-        k_scale, v_scale, batch_invariant: not supported yet.
+        k_scale, v_scale: not supported yet.
+        batch_invariant: on one GPU architecture, a sequence's result has the same bits for any
+            batch around it, any place in it, any page size and number of units: its tiles are
+            merged in a tree that depends on its own tokens alone. docs/semantics.md, section 13,
+            states the workspace that it takes.
         counters: from `leanattn.counters`, one tensor a stream; saves a memset.
         return_lse: also return the log-sum-exp.
         out: where to write the result, instead of a new tensor.

@@ -26,7 +26,7 @@ from reference import assert_close, assert_same_bits
 import leanattn
 
 # Features that may still say "not supported". Take a name out when its feature is built.
-NOT_BUILT = {"paged", "batch_invariant", "append_kv"}
+NOT_BUILT = set()
 
 FEATURES = {
     **{dtype: lambda case, dtype=dtype: case.dtype == dtype for dtype in ("fp16", "bf16", "fp32")},
@@ -112,8 +112,6 @@ def decode_with_lse(**arguments):
 
 def append_kv(**arguments):
     """Likewise; writes into the caches."""
-    if not hasattr(torch.ops.leanattn, "append_kv"):
-        raise RuntimeError("leanattn::append_kv: append_kv is not supported yet")
     torch.ops.leanattn.append_kv(**arguments)
 
 

@@ -4,6 +4,8 @@ Each test computes one thing in two ways and compares bits; test_against_fp64 ho
 to the reference.
 """
 
+import math
+
 import pytest
 import torch
 from cases import check, int32, make_case, offsets, poison_unseen, run, sharp_dtype
@@ -13,7 +15,7 @@ from test_layouts import CACHE_LAYOUTS
 
 import leanattn
 
-pytestmark = pytest.mark.usefixtures("loader", "built", "several_units")
+pytestmark = pytest.mark.usefixtures("loader", "several_units")
 
 UNIT_COUNTS = [1, 2, 3, 5, 16, 64, 1000]
 
@@ -35,18 +37,6 @@ OPTIONS = {
 }  # fmt: skip
 FEW = ["gqa", "several-queries", "ragged-queries", "window", "sinks"]
 PER_SEQUENCE = ("q", "k_cache", "v_cache", "cache_seqlens")
-
-
-@pytest.fixture
-def built(device):
-    """The one probe of what these tests need: goes when both features are built."""
-    tensor = torch.zeros(1, 1, 1, 8, dtype=torch.float16, device=device)
-    one = int32([1], device)
-    supported, reason = leanattn.is_supported(
-        tensor, tensor, tensor, one, int32([[0]], device), batch_invariant=True
-    )
-    if not supported and "not supported" in reason:
-        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -321,3 +311,26 @@ def test_graph_replays_are_eager_calls_alone(pages, counted, device, loader):
             alone_out, alone_lse = run(select(case, [sequence]))
             assert_same_bits(out[sequence], alone_out[0])
             assert_same_bits(lse[sequence], alone_lse[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", [1, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_batch_invariant_workspace(head_dim, group_size, device):
+    """The bound of docs/semantics.md, with what the allocator adds to one tensor."""
+    capacity = 20000
+    shape = (3, capacity, 2, head_dim)
+    q = torch.zeros(3, 2 * group_size, head_dim, dtype=torch.bfloat16, device=device)
+    k, v = (torch.zeros(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(q)
+    lengths = int32([capacity, 5, 777], device)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    leanattn.decode(q, k, v, lengths, batch_invariant=True, out=out)
+    used = torch.cuda.max_memory_allocated() - before
+    units = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = -(-capacity // (128 if head_dim <= 128 else 64))
+    nodes = 2 * (1 + math.ceil(math.log2(tiles)))
+    rows = 8 if group_size <= 8 else 16
+    assert 0 < used <= units * nodes * rows * (11 * head_dim + 16) + 4096

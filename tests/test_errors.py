@@ -261,7 +261,6 @@ def test_the_message_says_what_is_allowed(device):
 
 
 NOT_SUPPORTED = {
-    "batch-invariant": ("batch_invariant", give(batch_invariant=True)),
     "k-scale": ("k_scale", add("k_scale", torch.float32, (1,))),
     "v-scale": ("v_scale", add("v_scale", torch.float32, (1,))),
     "k-cache-e4m3": ("k_cache", cast("k_cache", torch.float8_e4m3fn)),

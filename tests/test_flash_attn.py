@@ -22,18 +22,6 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def decode_takes_block_table():
-    """Whether the installed decode has paged caches."""
-    q, cache = torch.zeros(1, 1, 8), torch.zeros(1, 1, 1, 8)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    return leanattn.is_supported(q, cache, cache, None, table)[0]
-
-
-needs_block_table = pytest.mark.skipif(
-    not decode_takes_block_table(), reason="decode does not take block_table yet"
-)
-
-
 def make_call(
     device, dtype, *, batch=3, cache_batch=None, seqlen_q=2, seqlen_new=2, heads=(4, 2), dim=64,
     capacity=80, lengths=(5, 0, 33), rotary_dim=None, page_size=None, seed=1, **options,
@@ -193,7 +181,6 @@ def test_contiguous(name, rope, device):
     check(make_call(device, sharp_dtype(device), **options))
 
 
-@needs_block_table
 @pytest.mark.parametrize("page_size", [1, 16, 24])
 @pytest.mark.parametrize("rope", ["no-rope", "gptj"])
 @pytest.mark.parametrize("name", CASES)
@@ -204,7 +191,6 @@ def test_paged(name, rope, page_size, device):
     check(make_call(device, sharp_dtype(device), **options))
 
 
-@needs_block_table
 def test_page_table_is_block_table(device):
     """FlashAttention-3's name."""
     call = make_call(device, sharp_dtype(device), page_size=16, causal=True)
@@ -269,7 +255,6 @@ def test_more_rows_in_the_cache_than_sequences(device):
     assert_same_bits(call["k_cache"][3:], before[3:])
 
 
-@needs_block_table
 @pytest.mark.parametrize("seqlen_new", [None, 2])
 def test_cache_batch_idx(seqlen_new, device):
     """Rows of the caches by number, without a copy of them."""
@@ -280,7 +265,6 @@ def test_cache_batch_idx(seqlen_new, device):
     assert_same_bits(call["k_cache"][[1, 3, 5]], before[[1, 3, 5]])
 
 
-@needs_block_table
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize(
     "options",

@@ -107,19 +107,8 @@ def test_needles_in_one_whole_sequence(units, memory, force_units):
     torch.testing.assert_close(out.float(), expected, rtol=2**-7, atol=0)
 
 
-@pytest.fixture
-def pages_built(device):
-    """The one probe of paged caches: goes when they are built."""
-    tensor = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device=device)
-    supported, reason = leanattn.is_supported(
-        tensor, tensor, tensor, int32([1], device), int32([[0]], device)
-    )
-    if not supported and "not supported" in reason:
-        pytest.skip(reason)
-
-
 @pytest.mark.parametrize("page_size", [1, 16, 24, 256])
-def test_pages_at_the_far_end(page_size, memory, pages_built):
+def test_pages_at_the_far_end(page_size, memory):
     """Pages next to each edge and the last ones of all, in any order; K and V apart, then beside
     each other in one page of one tensor, every second page of which is V."""
     page = page_size * TOKEN
