@@ -5,6 +5,17 @@ The ops are torch.ops.leanattn.*; the functions here are thin wrappers with docu
 
 from leanattn.ops import counters, decode, is_supported, warmup
 from leanattn.schedule import schedule
+from leanattn.sdpa import Route, explain, scaled_dot_product_attention
 from leanattn.ops import __version__
 
-__all__ = ["__version__", "counters", "decode", "is_supported", "schedule", "warmup"]
+__all__ = [
+    "Route",
+    "__version__",
+    "counters",
+    "decode",
+    "explain",
+    "is_supported",
+    "scaled_dot_product_attention",
+    "schedule",
+    "warmup",
+]

@@ -1,0 +1,1 @@
+"""Ways into other libraries. Nothing here is imported by `import leanattn`."""
