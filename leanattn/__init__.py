@@ -3,10 +3,10 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
-from leanattn.ops import counters, decode, is_supported, warmup
+from leanattn.integrations import torch_flash
+from leanattn.ops import __version__, counters, decode, is_supported, warmup
 from leanattn.schedule import schedule
 from leanattn.sdpa import Route, explain, scaled_dot_product_attention
-from leanattn.ops import __version__
 
 __all__ = [
     "Route",
@@ -19,3 +19,5 @@ __all__ = [
     "schedule",
     "warmup",
 ]
+
+torch_flash.register()

@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention with torch's signature: decode shapes to leanattn, the rest to torch.
+"""scaled_dot_product_attention with torch's signature: decode steps here, the rest by torch.
 
 `_refusal` is the decision table of docs/sdpa.md: `explain` says what it says.
 """
@@ -10,14 +10,14 @@ import torch
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
 
-_decode = torch.ops.leanattn.decode
+_ops = torch.ops.leanattn
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention
 
 MAX_QUERIES = 16  # beyond, a call is a prefill: bound by arithmetic, which SDPA is made for
 MAX_HEAD_DIM = 256
 MIN_CAPABILITY = (8, 0)
 
-_HAS_CUDA_KERNELS = torch.ops.leanattn.build_info().split(";")[1] != "cpu"
+_HAS_CUDA_KERNELS = _ops.build_info().split(";")[1] != "cpu"
 
 
 @dataclass(frozen=True)
@@ -51,23 +51,37 @@ def scaled_dot_product_attention(
         `[B, Hq, Sq, Dv]`.
 
     Raises:
-        ValueError: LEANATTN_BACKEND is "leanattn" and leanattn does not take the call, or is none of
-            the three. All else is as torch raises it.
+        ValueError: LEANATTN_BACKEND is "leanattn" and leanattn does not take the call, or it is
+            none of the three. All else is as torch raises it.
     """
     arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if _route(*arguments).backend == "torch":
         return _torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+    return decode_bhsd(query, key, value, is_causal, scale)
+
+
+def decode_bhsd(query, key, value, is_causal, scale, out=None, lse=None):
+    """SDPA by the op: [B, H, S, D] tensors, is_causal aligned to the top left.
+
+    Args:
+        out, lse: `[B, Hq, Sq, Dv]` and fp32 `[B, Hq, Sq]`, to be written; both or none.
+    """
     queries = query.shape[2]
     if is_causal:
         # Query i sees the keys 0 to i. In the op it stands at keys - queries + i.
         key, value = key[:, :, :queries], value[:, :, :queries]
-    out = _decode(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale,
-        causal=False, window_right=queries - key.shape[2] if is_causal else -1,
-    )  # fmt: skip
-    return out.transpose(1, 2)
+    arguments = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    options = dict(softmax_scale=scale, causal=False)
+    if is_causal:
+        options["window_right"] = queries - key.shape[2]
+    if out is None:
+        return _ops.decode(*arguments, **options).transpose(1, 2)
+    _ops.decode_with_lse_out(
+        *arguments, **options, out=out.transpose(1, 2), lse=lse.transpose(1, 2)
+    )
+    return out
 
 
 def explain(

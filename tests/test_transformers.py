@@ -171,7 +171,7 @@ def make_tokens(steps, device="cpu"):
     return torch.randint(3, 97, (3, steps), generator=generator).to(device)
 
 
-# --- Whole models ----------------------------------------------------------------------------------
+# --- Whole models --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
@@ -358,7 +358,7 @@ def test_prefill_in_parts(family, monkeypatch):
     torch.testing.assert_close(actual[real], expected[real], rtol=2e-4, atol=2e-4)
 
 
-# --- torch.compile ---------------------------------------------------------------------------------
+# --- torch.compile -------------------------------------------------------------------------------
 
 
 class CountingBackend:
@@ -442,7 +442,7 @@ def test_generate_compiles_a_static_cache_into_cuda_graphs(device):
     assert torch.equal(compiled[:, :4], eager[:, :4])
 
 
-# --- Masks -----------------------------------------------------------------------------------------
+# --- Masks ---------------------------------------------------------------------------------------
 
 
 def padding(kind, tokens):
@@ -497,7 +497,7 @@ def test_any_mask_is_what_transformers_would_have_made(q_length, rule, kind, cap
 
 
 def test_a_window_that_cuts_nothing_is_a_prefix():
-    """A sliding cache holds no more than its window; chunks and overlays are not mistaken for it."""
+    """A sliding cache holds no more than its window. Chunks and overlays are something else."""
     for rule, light in (("window", 1), ("chunks", 2), ("overlay", 2)):
         mask = integration.decode_mask(
             batch_size=2, q_length=1, kv_length=7, q_offset=5, mask_function=RULES[rule][0],

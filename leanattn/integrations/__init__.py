@@ -1,1 +1,1 @@
-"""Ways into other libraries. Nothing here is imported by `import leanattn`."""
+"""Ways into other libraries; what needs another library is imported by name only."""

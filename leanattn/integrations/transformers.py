@@ -1,7 +1,7 @@
-"""Hugging Face transformers: `attn_implementation="leanattn"`. Importing this module registers it.
+"""Hugging Face transformers: attn_implementation="leanattn", registered by importing this module.
 
-Decode steps go to torch.ops.leanattn.decode, prefill and training to SDPA; shapes decide. Which keys
-a decode step sees is worked out once a forward, on the device, by `decode_mask` and shared by all
+Decode steps go to torch.ops.leanattn.decode, prefill and training to SDPA; shapes decide. What a
+decode step sees is worked out once a forward, on the device, by `decode_mask` and shared by all
 layers. It stands where transformers passes masks, as an int32 tensor of four dimensions, for only
 such a one passes through `generate` and torch.compile untouched:
 
@@ -40,7 +40,7 @@ def register():
     AttentionMaskInterface.register(NAME, decode_mask)
 
 
-# --- Masks -----------------------------------------------------------------------------------------
+# --- Masks ---------------------------------------------------------------------------------------
 
 
 def decode_mask(
@@ -131,7 +131,7 @@ def _bool_mask(mask, q_length, kv_length):
     return torch.empty_like(visible).scatter_(1, mask[:, 0, 0].long(), visible)[:, None, None]
 
 
-# --- Attention -------------------------------------------------------------------------------------
+# --- Attention -----------------------------------------------------------------------------------
 
 
 def attention_forward(
