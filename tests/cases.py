@@ -3,7 +3,14 @@
 import torch
 from reference import assert_close, clamped_lengths, query_ranges, visible_range
 
-import leanattn  # noqa: F401  (registers torch.ops.leanattn)
+import leanattn
+
+
+def has_pages():
+    """Whether this build's op takes a block_table."""
+    q, pages = torch.zeros(1, 1, 1, 8), torch.zeros(2, 1, 1, 8)
+    one = torch.ones(1, dtype=torch.int32)
+    return leanattn.is_supported(q, pages, pages, one, one[None])[0]
 
 
 def sharp_dtype(device):

@@ -11,6 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from cases import has_pages  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import (  # noqa: E402
     Gemma2Config,
@@ -31,8 +32,9 @@ from transformers.masking_utils import (  # noqa: E402
     sliding_window_causal_mask_function,
 )
 
-import leanattn  # noqa: E402
 import leanattn.integrations.transformers as integration  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = 2
 STEPS = 64
@@ -58,14 +60,6 @@ FAMILIES = {
     "gpt-oss": GptOssConfig(**COMMON, sliding_window=WINDOW, layer_types=HYBRID,
                             num_local_experts=4, num_experts_per_tok=2),
 }  # fmt: skip
-
-
-def has_pages():
-    """Whether this build's op takes a block_table."""
-    q = torch.zeros(1, 1, 1, 8)
-    pages = torch.zeros(2, 1, 1, 8)
-    one = torch.ones(1, dtype=torch.int32)
-    return leanattn.is_supported(q, pages, pages, one, one[None])[0]
 
 
 def decode_by_gathering(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
@@ -99,15 +93,6 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(integration, "_decode", counting)
     return made
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models as small as these only lose by more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(family, implementation="leanattn", device="cpu", dtype=torch.float32):
