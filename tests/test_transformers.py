@@ -481,6 +481,22 @@ def test_any_mask_is_what_transformers_would_have_made(q_length, rule, kind, cap
     assert len(calls) == 1
 
 
+@torch.no_grad()
+def test_lengths_may_be_passed_as_the_mask(calls):
+    """A caller's own [B, 1, 1, 1] int32 reaches the op: sequences of their own lengths."""
+    ids, _ = make_prompts(False)
+    lengths = torch.tensor([24, 9, 4], dtype=torch.int32)[:, None, None, None]
+    masks = {"sdpa": torch.arange(40) < lengths, "leanattn": lengths}
+    logits = {}
+    for name, mask in masks.items():
+        model = make_model("llama", name)
+        cache = make_cache(model, "static", 40)
+        model(ids, past_key_values=cache)
+        logits[name] = model(make_tokens(1), attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(logits["leanattn"], logits["sdpa"], rtol=2e-4, atol=2e-4)
+    assert len(calls) == LAYERS
+
+
 def test_a_window_that_cuts_nothing_is_a_prefix():
     """A sliding cache holds no more than its window. Chunks and overlays are something else."""
     for rule, light in (("window", 1), ("chunks", 2), ("overlay", 2)):
