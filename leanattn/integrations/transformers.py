@@ -81,10 +81,12 @@ def decode_mask(
             length = torch.full((1,), length, dtype=torch.int32, device=device)
         length = length.to(device=device, dtype=torch.int32)
         return length.view(1, 1, 1, 1).expand(batch_size, 1, 1, 1)
-    # Whether a mask could be skipped depends on its content: asking would wait for the device.
-    options.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    # Whether a mask could be left out depends on its content: asking would wait for the device.
+    options["allow_is_causal_skip"] = False
+    if attention_mask is not None:
+        options["allow_is_bidirectional_skip"] = False
     mask = sdpa_mask(**arguments, **options)
-    return _pages(mask[:, 0, 0]) if q_length == 1 else mask
+    return _pages(mask[:, 0, 0]) if q_length == 1 and mask is not None else mask
 
 
 def _sees_prefix(mask_function, kv_length, local_size):
