@@ -194,6 +194,23 @@ def test_beams(calls):
     assert len(calls) == 9 * LAYERS
 
 
+def test_layers_without_attention_in_between(calls):
+    """A model of convolutions and attention: the latter's steps go to the op all the same."""
+    config = transformers.Lfm2Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    ids, mask = make_prompts(padded=True)
+    tokens = []
+    for name in ("eager", "leanattn"):
+        torch.manual_seed(0)
+        model = transformers.Lfm2ForCausalLM(copy.deepcopy(config)).eval()
+        model.set_attn_implementation(name)
+        tokens.append(generate(model, ids, mask, steps=10))
+    assert torch.equal(tokens[1], tokens[0])
+    assert len(calls) == 9
+
+
 def test_encoder_decoder(calls):
     """Cross-attention too: to padded and unpadded inputs of an encoder that goes to torch."""
     config = transformers.BartConfig(
@@ -548,6 +565,9 @@ def test_pages_of_caches_of_many_strides():
             query, cache, cache, visible[:, None, None], enable_gqa=True
         )
         torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="mask is of 12 tokens, the cache has 11"):
+        cut = caches[0][:, :, :11]
+        integration._decode_step(query, cut, cut, mask, None, None, None)
     # No whole number of tokens between sequences: torch does it.
     odd = torch.randn(4 * 400).as_strided((4, 2, 12, 16), (397, 192, 16, 1))
     assert integration._decode_step(query, odd, odd, mask, None, None, None) is None

@@ -30,8 +30,11 @@ NAME = "leanattn"
 
 _decode = torch.ops.leanattn.decode
 
-# Layers that only hand the mask on to the attention function.
-_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+# Models of these layers do no more with an attention mask than hand it to the attention function;
+# sparse ones look into it.
+_LAYER_TYPES = {
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv",
+}  # fmt: skip
 
 
 def register():
@@ -187,6 +190,10 @@ def _decode_step(query, key, value, mask, scaling, softcap, sinks):
         return _decode(query, key, value, **options)
     if mask.shape[1] == 1:
         return _decode(query, key, value, mask[:, 0, 0, 0], **options)
+    if mask.shape[3] != key.shape[1]:
+        raise ValueError(
+            f"leanattn: the mask is of {mask.shape[3]} tokens, the cache has {key.shape[1]}"
+        )
     pages_a_sequence = _pages_a_sequence(key)
     if pages_a_sequence is None or pages_a_sequence != _pages_a_sequence(value):
         return None
