@@ -61,7 +61,6 @@ class Attention(nn.Module):
     def forward(self, x, k_cache, v_cache, lengths, lengths_after, block_table, rope, cu_seqlens):
         """x [total, hidden], k_cache and v_cache [num_pages, page_size, Hkv, D] of this layer."""
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, 1)
-        q = q.contiguous()
         # Rotates q in place and k on its way into the cache, behind what is there already.
         ops.rope_append_kv(
             q, k, v, k_cache, v_cache, lengths, block_table, *rope, cu_seqlens=cu_seqlens

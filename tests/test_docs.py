@@ -13,15 +13,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run_page(name):
+def run_page(page, **names):
     """Runs a page's blocks in one namespace, each as if it stood at its place in the page."""
-    text = (DOCS / name).read_text()
+    text = (DOCS / page).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert blocks
-    namespace = {"__name__": name}
+    namespace = {"__name__": page, **names}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(DOCS / name), "exec"), namespace)
+        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), namespace)
     return namespace
 
 
@@ -43,7 +43,7 @@ def test_transformers_page(monkeypatch):
     # Inductor on a whole model takes a while, and has a test of its own.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    namespace = run_page("transformers.md")
+    namespace = run_page("transformers.md", name="a model")
     assert namespace["model"].config._attn_implementation == "leanattn"
     assert namespace["tokens"].shape == (2, 25)
 
