@@ -4,6 +4,7 @@ The ops are torch.ops.leanattn.*; the functions here are thin wrappers with docu
 """
 
 from leanattn.flash_attn import flash_attn_with_kvcache
+from leanattn.integrations import torch_flash
 from leanattn.ops import (
     __version__,
     append_kv,
@@ -15,16 +16,22 @@ from leanattn.ops import (
     warmup,
 )
 from leanattn.schedule import schedule
+from leanattn.sdpa import Route, explain, scaled_dot_product_attention
 
 __all__ = [
+    "Route",
     "__version__",
     "append_kv",
     "counters",
     "decode",
+    "explain",
     "flash_attn_with_kvcache",
     "is_supported",
     "merge_states",
     "rope_append_kv",
+    "scaled_dot_product_attention",
     "schedule",
     "warmup",
 ]
+
+torch_flash.register()

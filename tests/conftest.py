@@ -69,6 +69,15 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread():
+    """torch on one thread: tiny models only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def headers(request, tmp_path_factory):
     """The C++ headers that the kernels include, as a Python module; see native/headers.cpp."""

@@ -1,28 +1,68 @@
-"""The examples in docs/ run as they stand, and give what the text says."""
+"""The pages of docs/ that have examples: every block of Python in them runs, in order."""
 
+import functools
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import leanattn
 
 DOCS = Path(__file__).parent.parent / "docs"
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-def run_examples(name):
-    """The variables that the Python blocks of a document leave behind, run one after another."""
-    variables = {}
-    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.M | re.S)
+
+def run_page(page, **names):
+    """Runs a page's blocks in one namespace, each as if it stood at its place in the page."""
+    text = (DOCS / page).read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert blocks
+    namespace = {"__name__": page, **names}
     for block in blocks:
-        exec(compile(block, name, "exec"), variables)
-    return variables
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), namespace)
+    return namespace
 
 
-def test_the_examples():
-    """docs/append.md: the merged result is that of decoding prefix and own tokens in one cache."""
-    found = run_examples("append.md")
+def test_transformers_page(monkeypatch):
+    """With a small Llama in place of the one that would be downloaded."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+
+    def from_pretrained(name, *, dtype, attn_implementation):
+        config = transformers.LlamaConfig(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+        )  # fmt: skip
+        config._attn_implementation = attn_implementation
+        return transformers.LlamaForCausalLM(config).eval()
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    # Inductor on a whole model takes a while, and has a test of its own.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    namespace = run_page("transformers.md", name="a model")
+    assert namespace["model"].config._attn_implementation == "leanattn"
+    assert namespace["tokens"].shape == (2, 25)
+
+
+def test_sdpa_page(capsys):
+    torch._dynamo.reset()
+    run_page("sdpa.md")
+    printed = capsys.readouterr().out
+    assert printed.startswith("leanattn: " if torch.cuda.is_available() else "torch: ")
+
+
+def test_own_model_page():
+    namespace = run_page("own_model.md")
+    assert namespace["lengths"].tolist() == [7, 1, 12]
+    assert namespace["out"].shape == (20, 8, 64) and namespace["out"].isfinite().all()
+
+
+def test_append_page():
+    """The merged result is that of decoding prefix and own tokens in one cache."""
+    found = run_page("append.md")
     batch, prefix = found["B"], found["P"]
     caches = [
         torch.cat([found[f"{name}_prefix"].expand(batch, -1, -1, -1), found[f"{name}_own"]], 1)

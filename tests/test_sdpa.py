@@ -1,0 +1,272 @@
+"""scaled_dot_product_attention: torch's results, and the way that the decision table says."""
+
+import pytest
+import torch
+from reference import COSINE_TOLERANCE
+from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
+
+import leanattn
+from leanattn.integrations import torch_flash
+
+LEANATTN = {"cpu": "leanattn", "cuda": "auto"}
+
+
+def make(device, *, batch=2, heads=(4, 4), queries=1, keys=200, dims=(64, 64), dtype=None):
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    new = dict(device=device, dtype=dtype)
+    return (
+        torch.randn(batch, heads[0], queries, dims[0], **new),
+        torch.randn(batch, heads[1], keys, dims[0], **new),
+        torch.randn(batch, heads[1], keys, dims[1], **new),
+    )
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list that grows with every call of torch's function by ours."""
+    made = []
+
+    def counting(*args, **kwargs):
+        made.append(args)
+        return torch_sdpa(*args, **kwargs)
+
+    monkeypatch.setattr("leanattn.sdpa._torch_sdpa", counting)
+    return made
+
+
+def assert_like_torch(actual, query, key, value, *args, **kwargs):
+    wide = (x.double() if isinstance(x, torch.Tensor) else x for x in (query, key, value))
+    expected = torch_sdpa(*wide, *args, **kwargs)
+    assert actual.shape == expected.shape and actual.dtype == query.dtype
+    tolerance = 1e-5 if query.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+    cosine = torch.nn.functional.cosine_similarity(
+        actual.double().flatten(), expected.flatten(), dim=0
+    )
+    assert 1 - cosine < COSINE_TOLERANCE
+
+
+SHAPES = {
+    "one-query": dict(),
+    "gqa": dict(heads=(8, 2)),
+    "mqa": dict(heads=(8, 1), queries=3),
+    "as-many-queries-as-keys": dict(queries=16, keys=16),
+    "more-queries-than-keys": dict(queries=9, keys=4),
+    "fewer-queries": dict(queries=5, keys=33),
+    "value-dim": dict(dims=(64, 32)),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_decode_shapes(shape, is_causal, scale, device, monkeypatch, calls):
+    """What torch computes, its causal mask from the top left included: with one query and
+    is_causal only key 0 is seen."""
+    monkeypatch.setenv("LEANATTN_BACKEND", LEANATTN[device])
+    inputs = make(device, **SHAPES[shape])
+    options = dict(is_causal=is_causal, scale=scale, enable_gqa=True)
+    out = leanattn.scaled_dot_product_attention(*inputs, **options)
+    assert_like_torch(out, *inputs, **options)
+    assert not calls
+    assert leanattn.explain(*inputs, **options).backend == "leanattn"
+
+
+def test_transposed_and_sliced_inputs(device, monkeypatch, calls):
+    """[B, S, H, D] tensors as they come out of projections."""
+    monkeypatch.setenv("LEANATTN_BACKEND", LEANATTN[device])
+    query, key, value = make(device, heads=(8, 2), keys=64)
+    packed = torch.cat((key, value), -1).transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = packed.split(64, -1)
+    out = leanattn.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    assert_like_torch(out, query, key, value, enable_gqa=True)
+    assert not calls
+
+
+def replaced(inputs, index, change):
+    inputs = list(inputs)
+    inputs[index] = change(inputs[index])
+    return inputs
+
+
+# What is changed, and a word of the reason.
+REFUSED = {
+    "mask": (lambda i: (i, dict(attn_mask=torch.ones(1, 200, dtype=bool, device=i[0].device))),
+             "attn_mask"),
+    "dropout": (lambda i: (i, dict(dropout_p=0.5)), "dropout"),
+    "gradients": (lambda i: (replaced(i, 1, lambda x: x.requires_grad_()), {}), "gradients"),
+    "head-dim": (lambda i: ([x[..., :60] for x in i], {}), "head dim"),
+    "fp64": (lambda i: ([x.double() for x in i], {}), "dtype"),
+    "3-D": (lambda i: ([x[0] for x in i], {}), "4-D"),
+    "batch": (lambda i: (replaced(i, 0, lambda x: x[:1]), {}), "batch"),
+    "empty": (lambda i: (replaced(i, 0, lambda x: x[:, :, :0]), {}), "empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_goes_to_torch(name, device, monkeypatch, calls):
+    """Each row of the table: torch's result, the reason in words, and an error when forced."""
+    change, reason = REFUSED[name]
+    inputs, options = change(make(device))
+    assert reason in leanattn.explain(*inputs, **options).reason
+    torch.manual_seed(3)
+    out = leanattn.scaled_dot_product_attention(*inputs, **options)
+    torch.manual_seed(3)
+    assert torch.equal(out, torch_sdpa(*inputs, **options))
+    assert len(calls) == 1
+    monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+    with pytest.raises(ValueError, match=reason):
+        leanattn.scaled_dot_product_attention(*inputs, **options)
+
+
+def test_prefill_goes_to_torch(device, monkeypatch, calls):
+    """More than 16 queries, unless forced."""
+    inputs = make(device, queries=17, heads=(4, 4))
+    assert leanattn.explain(*inputs).backend == "torch"
+    assert_like_torch(leanattn.scaled_dot_product_attention(*inputs), *inputs)
+    assert len(calls) == 1
+    monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+    assert_like_torch(leanattn.scaled_dot_product_attention(*inputs), *inputs)
+    assert len(calls) == 1
+
+
+def test_heads_without_enable_gqa(device):
+    """torch's own error, as without us."""
+    inputs = make(device, heads=(8, 2))
+    assert "enable_gqa" in leanattn.explain(*inputs).reason
+    with pytest.raises(RuntimeError):
+        leanattn.scaled_dot_product_attention(*inputs)
+
+
+def test_cpu_goes_to_torch(calls):
+    """torch is faster there."""
+    inputs = make("cpu")
+    assert leanattn.explain(*inputs) == leanattn.Route("torch", "on the CPU torch is faster")
+    leanattn.scaled_dot_product_attention(*inputs)
+    assert len(calls) == 1
+
+
+@pytest.mark.gpu
+def test_cuda_decode_steps_go_to_leanattn(device):
+    """Without any override."""
+    route = leanattn.explain(*make("cuda"))
+    assert route.backend == "leanattn" and "decode step" in str(route)
+    assert "dtype" in leanattn.explain(*make("cuda", dtype=torch.float32)).reason
+    query, key, value = make("cuda", dims=(56, 64))
+    odd = torch.randn(2, 4, 200, 60, dtype=key.dtype, device="cuda")[..., :56]
+    assert "aligned" in leanattn.explain(query, odd, value).reason
+
+
+def test_override(monkeypatch, calls):
+    """LEANATTN_BACKEND is torch, leanattn, auto, or an error."""
+    inputs = make("cpu")
+    for name, count in (("torch", 1), ("leanattn", 1), ("auto", 2), ("", 3)):
+        monkeypatch.setenv("LEANATTN_BACKEND", name)
+        leanattn.scaled_dot_product_attention(*inputs)
+        assert len(calls) == count
+    assert "LEANATTN_BACKEND" not in leanattn.explain(*inputs).reason
+    monkeypatch.setenv("LEANATTN_BACKEND", "flash")
+    with pytest.raises(ValueError, match="auto, leanattn or torch, got 'flash'"):
+        leanattn.scaled_dot_product_attention(*inputs)
+
+
+def test_route_reads_well():
+    """What a user prints."""
+    route = leanattn.explain(*make("cpu"), attn_mask=torch.ones(1, 200, dtype=bool))
+    assert str(route) == "torch: there is an attn_mask"
+    assert repr(route) == "Route(backend='torch', reason='there is an attn_mask')"
+
+
+@pytest.mark.parametrize("backend", ["leanattn", "torch"])
+def test_compile(backend, device, monkeypatch):
+    """One whole graph, for several lengths, on either way."""
+    monkeypatch.setenv("LEANATTN_BACKEND", backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *inputs: leanattn.scaled_dot_product_attention(*inputs, enable_gqa=True) * 2,
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    for keys in (100, 37, 64):
+        inputs = make(device, heads=(4, 2), keys=keys)
+        assert_like_torch(compiled(*inputs) / 2, *inputs, enable_gqa=True)
+
+
+# --- torch's registry ----------------------------------------------------------------------------
+
+needs_registry = pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "register_flash_attention_impl"),
+    reason="torch has no registry of flash-attention implementations before 2.11",
+)
+
+
+@needs_registry
+def test_registered_and_not_active():
+    """import leanattn tells torch the name, no more."""
+    assert torch_flash.NAME in torch.nn.attention.list_flash_attention_impls()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+@needs_registry
+@pytest.mark.skipif(torch.backends.cuda.is_built(), reason="for a torch without CUDA")
+def test_activation_without_cuda_says_so():
+    with pytest.raises(RuntimeError, match="no CUDA kernel"):
+        torch.nn.attention.activate_flash_attention_impl(torch_flash.NAME)
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_kernel_of_the_registry(is_causal, device):
+    """out in query's layout and lse as torch's flash attention gives them."""
+    delegated = []
+    kernel = torch_flash.make_kernel(lambda *args, **kwargs: delegated.append((args, kwargs)))
+    query, key, value = make(device, queries=3, keys=3 if is_causal else 40)
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse, *rest = kernel(None, query, key, value, 0.0, is_causal, scale=0.2)
+    assert out.stride() == query.stride()
+    assert_like_torch(out, query, key, value, is_causal=is_causal, scale=0.2)
+    scores = query.double() @ key.double().transpose(2, 3) * 0.2
+    if is_causal:
+        scores += torch.full_like(scores, -torch.inf).triu(1)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=2e-5, atol=2e-5)
+    assert rest[:4] == [None, None, 3, key.shape[2]] and len(rest) == 7
+    assert not delegated
+
+    kernel("keys", query, key, value, 0.5)
+    kernel("keys", query.repeat(1, 1, 9, 1), key, value)
+    kernel("keys", query, key, value, return_debug_mask=True)
+    assert [args[0] for args, _ in delegated] == ["keys"] * 3
+    assert delegated[0][0][4:] == (0.5, False, False) and delegated[0][1] == {"scale": None}
+
+
+@needs_registry
+@pytest.mark.gpu
+def test_active_in_torch(device, monkeypatch):
+    """Decode steps of torch's own function come here, the rest and gradients stay in torch."""
+    made = []
+
+    def counting(*args):
+        made.append(args)
+        return leanattn.sdpa.decode_bhsd(*args)
+
+    monkeypatch.setattr(torch_flash, "decode_bhsd", counting)
+    flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    torch.nn.attention.activate_flash_attention_impl(torch_flash.NAME)
+    try:
+        with torch.nn.attention.sdpa_kernel(flash):
+            step = make("cuda", heads=(8, 2), dtype=torch.bfloat16)
+            with torch.no_grad():
+                assert_like_torch(torch_sdpa(*step, enable_gqa=True), *step, enable_gqa=True)
+            assert len(made) == 1
+            prefill = make("cuda", queries=64, keys=64, dtype=torch.bfloat16)
+            assert_like_torch(torch_sdpa(*prefill), *prefill)
+            for tensor in step:
+                tensor.requires_grad_()
+            torch_sdpa(*step, enable_gqa=True).sum().backward()
+            assert step[0].grad.isfinite().all()
+            assert len(made) == 1
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
+    with torch.nn.attention.sdpa_kernel(flash), torch.no_grad():
+        torch_sdpa(*step, enable_gqa=True)
+    assert len(made) == 1
