@@ -9,10 +9,14 @@ using torch::headeronly::DeviceType;
 std::string device_string(const Tensor& t) {
   const auto device = t.device();
   switch (device.type()) {
-    case DeviceType::CPU: return "cpu";
-    case DeviceType::CUDA: return "cuda:" + std::to_string(device.index());
-    case DeviceType::Meta: return "meta";
-    default: return "device type " + std::to_string(static_cast<int>(device.type()));
+    case DeviceType::CPU:
+      return "cpu";
+    case DeviceType::CUDA:
+      return "cuda:" + std::to_string(device.index());
+    case DeviceType::Meta:
+      return "meta";
+    default:
+      return "device type " + std::to_string(static_cast<int>(device.type()));
   }
 }
 

@@ -157,8 +157,8 @@ void check_shapes(const Checker& check, const Arguments& a) {
                             : "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
               {a.k_cache.size(0), a.k_cache.size(1), heads_kv, head_dim_v});
   check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
-  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q",
-                "must have a multiple of k_cache's ", heads_kv, " heads, got ", heads_q);
+  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q", "must have a multiple of k_cache's ",
+                heads_kv, " heads, got ", heads_q);
   check.require(a.k_cache.size(0) <= kMaxInt && a.k_cache.size(1) <= kMaxInt, "k_cache",
                 a.block_table ? "must have fewer than 2^31 pages and tokens each, got shape "
                               : "must have fewer than 2^31 sequences and tokens each, got shape ",
@@ -538,7 +538,7 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
   }
   // Batch-invariant: by the model alone, not by the queries.
   if (p.batch_invariant) rows = std::min<int64_t>(problem.group_size, kFoldRows);
-  set_rows_per_item(problem, rows_per_item_for(rows));
+  set_rows_per_item(problem, rows_per_item_for(p, rows, device));
   check_tiles(check, p);
   plan_layout(check, p, device);
   const Workspace workspace = make_workspace(check, a, p);

@@ -10,12 +10,13 @@
 namespace leanattn {
 
 // The arguments that all four ops have, in the order of the schema.
-#define LEANATTN_DECODE_ARGUMENTS                                                                  \
-  Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor cache_seqlens,                          \
-      OptionalTensor block_table, OptionalTensor cu_seqlens_q, std::optional<int64_t> max_seqlen_q, \
-      std::optional<double> softmax_scale, bool causal, int64_t window_left, int64_t window_right, \
-      double softcap, OptionalTensor alibi_slopes, OptionalTensor sinks, OptionalTensor k_scale,   \
-      OptionalTensor v_scale, bool batch_invariant, OptionalTensor counters
+#define LEANATTN_DECODE_ARGUMENTS                                                                 \
+  Tensor q, Tensor k_cache, Tensor v_cache, OptionalTensor cache_seqlens,                         \
+      OptionalTensor block_table, OptionalTensor cu_seqlens_q,                                    \
+      std::optional<int64_t> max_seqlen_q, std::optional<double> softmax_scale, bool causal,      \
+      int64_t window_left, int64_t window_right, double softcap, OptionalTensor alibi_slopes,     \
+      OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale, bool batch_invariant, \
+      OptionalTensor counters
 
 Tensor decode(LEANATTN_DECODE_ARGUMENTS);
 std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS);

@@ -37,10 +37,11 @@ int64_t max_units(int64_t device_index) {
 void read_floor(Tensor a, Tensor b, Tensor sink) {
   const Checker check("read_floor");
   const auto check_input = [&](const Tensor& t, const char* name) {
-    check.require(t.is_cuda() && t.is_contiguous(), name, "must be contiguous on CUDA, got strides ",
-                  list_string(t.strides()), " on ", device_string(t));
-    check.require(t.numel() * t.element_size() % 16 == 0, name, "must be a multiple of 16 bytes, got ",
-                  t.numel() * t.element_size());
+    check.require(t.is_cuda() && t.is_contiguous(), name,
+                  "must be contiguous on CUDA, got strides ", list_string(t.strides()), " on ",
+                  device_string(t));
+    check.require(t.numel() * t.element_size() % 16 == 0, name,
+                  "must be a multiple of 16 bytes, got ", t.numel() * t.element_size());
     check.same_device(t, name, a);
   };
   check_input(a, "a");
@@ -50,8 +51,8 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
   const int device = a.get_device_index();
   const DeviceGuard guard(device);
   launch_read_floor(a.const_data_ptr(), a.numel() * a.element_size(), b.const_data_ptr(),
-                    b.numel() * b.element_size(), static_cast<int*>(sink.mutable_data_ptr()), device,
-                    current_cuda_stream(device));
+                    b.numel() * b.element_size(), static_cast<int*>(sink.mutable_data_ptr()),
+                    device, current_cuda_stream(device));
 }
 
 void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
@@ -59,9 +60,9 @@ void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
   check.require(k_cache.is_cuda(), "k_cache", "must be on CUDA, got ", device_string(k_cache));
   check.require(k_cache.dim() == 4 && k_cache.numel() > 0, "k_cache",
                 "must be [B, S, Hkv, D] and not empty, got ", shape_string(k_cache));
-  check.require(k_cache.scalar_type() == ScalarType::Half ||
-                    k_cache.scalar_type() == ScalarType::BFloat16,
-                "k_cache", "must be float16 or bfloat16");
+  check.require(
+      k_cache.scalar_type() == ScalarType::Half || k_cache.scalar_type() == ScalarType::BFloat16,
+      "k_cache", "must be float16 or bfloat16");
   check.dtype(v_cache, "v_cache", k_cache.scalar_type());
   check.shape(v_cache, "v_cache", "[B, S, Hkv, D]",
               {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});

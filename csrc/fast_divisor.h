@@ -15,8 +15,8 @@ class FastDivisor {
   FastDivisor() = default;
   LEANATTN_HD FastDivisor(int divisor) : divisor_(divisor), shift_(31) {
     while ((int64_t{1} << (shift_ - 31)) < divisor) ++shift_;
-    multiplier_ =
-        static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor - 1) / static_cast<uint64_t>(divisor));
+    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + divisor - 1) /
+                                        static_cast<uint64_t>(divisor));
   }
 
   LEANATTN_HD operator int() const { return divisor_; }

@@ -9,11 +9,12 @@
 #include "merge.h"
 #include "schedule_op.h"
 
-#define LEANATTN_DECODE_SCHEMA                                                                     \
-  "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens=None, Tensor? block_table=None, " \
-  "*, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, float? softmax_scale=None, "           \
-  "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, "                 \
-  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "    \
+#define LEANATTN_DECODE_SCHEMA                                                                  \
+  "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens=None, Tensor? "              \
+  "block_table=None, "                                                                          \
+  "*, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, float? softmax_scale=None, "        \
+  "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, "              \
+  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, " \
   "bool batch_invariant=False, Tensor? counters=None"
 
 STABLE_TORCH_LIBRARY(leanattn, m) {
@@ -33,7 +34,8 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
       "Tensor? v_scale=None) -> ()");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
   m.def(
-      "schedule(Tensor cache_seqlens, int num_heads_kv, int group_size, int capacity, int head_dim, "
+      "schedule(Tensor cache_seqlens, int num_heads_kv, int group_size, int capacity, int "
+      "head_dim, "
       "int num_units, int rows_per_item, int seqlen_q=1, Tensor? cu_seqlens_q=None, "
       "bool causal=True, int window_left=-1, int window_right=-1) -> Tensor");
   m.def("build_info() -> str");
@@ -43,10 +45,10 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor(a!) sink) -> ()");
 }
 
-#define LEANATTN_IMPLEMENT_DECODE(m)                              \
-  m.impl("decode", TORCH_BOX(&leanattn::decode));                 \
-  m.impl("decode_with_lse", TORCH_BOX(&leanattn::decode_with_lse)); \
-  m.impl("decode_out", TORCH_BOX(&leanattn::decode_out));         \
+#define LEANATTN_IMPLEMENT_DECODE(m)                                        \
+  m.impl("decode", TORCH_BOX(&leanattn::decode));                           \
+  m.impl("decode_with_lse", TORCH_BOX(&leanattn::decode_with_lse));         \
+  m.impl("decode_out", TORCH_BOX(&leanattn::decode_out));                   \
   m.impl("decode_with_lse_out", TORCH_BOX(&leanattn::decode_with_lse_out)); \
   m.impl("decode_check", TORCH_BOX(&leanattn::decode_check))
 

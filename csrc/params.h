@@ -22,7 +22,7 @@ struct DecodeParams {
   int num_heads_q;
   Problem problem;  // lengths, mask, shape of the schedule
   Layout layout;
-  bool is_uniform;  // no lengths in device memory: `uniform` holds
+  bool is_uniform;    // no lengths in device memory: `uniform` holds
   bool is_clustered;  // a team is a cluster of CTAs and merges in distributed shared memory
   UniformLine uniform;
 
@@ -61,12 +61,13 @@ struct DecodeParams {
   float* partial_stats;  // [layout.num_units, 2, max_nodes, rows_per_item, 2]: max, sum
   // Batch-invariant only: states that wait for their sibling in the tree.
   SoftmaxState<4>* fold_states;  // [layout.num_units, max_nodes / 2, rows_per_item, padded Dv / 4]
-  int32_t* counters;      // tickets, zero before and after; see counter_index
-  bool counter_per_item;  // one counter an item instead of one a unit
+  int32_t* counters;             // tickets, zero before and after; see counter_index
+  bool counter_per_item;         // one counter an item instead of one a unit
 };
 
 // Where a query row lives in q, out and lse, in elements.
-LEANATTN_HD int64_t q_offset(const DecodeParams& p, int seq, const Sequence& s, int query, int head) {
+LEANATTN_HD int64_t q_offset(const DecodeParams& p, int seq, const Sequence& s, int query,
+                             int head) {
   return seq * p.q_batch_stride + (s.query_begin + query) * p.q_seq_stride + head * p.q_head_stride;
 }
 

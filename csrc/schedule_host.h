@@ -36,9 +36,9 @@ class HostLine {
       // The last sequence that begins at or before the unit's first tile: those without tiles begin
       // where the next one does.
       const int first = shares_.begin(unit);
-      const auto after = std::upper_bound(
-          positions_.begin(), positions_.end(), first,
-          [](int line, const Position& position) { return line < position.line; });
+      const auto after =
+          std::upper_bound(positions_.begin(), positions_.end(), first,
+                           [](int line, const Position& position) { return line < position.line; });
       start = *(after - 1);
     }
     return SegmentWalker(problem_, shares_, unit, start);

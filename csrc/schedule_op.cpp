@@ -14,8 +14,8 @@ constexpr int kColumns = 10;
 
 void append_row(std::vector<int64_t>& table, const Shares& shares, const Segment& s, int unit) {
   const Participants units = participants(shares, s);
-  const int64_t row[kColumns] = {unit,         s.seq,        s.head,     s.row_block,  s.tile_begin,
-                                 s.tile_end,   s.item.begin, s.item.end, units.first, units.last};
+  const int64_t row[kColumns] = {unit,       s.seq,        s.head,     s.row_block, s.tile_begin,
+                                 s.tile_end, s.item.begin, s.item.end, units.first, units.last};
   table.insert(table.end(), row, row + kColumns);
 }
 

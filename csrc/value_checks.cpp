@@ -89,14 +89,14 @@ void check_values_on_device(const Checker& check, const DecodeParams& params,
   Problem& on_host = params_on_host.problem;
   std::vector<int32_t> lengths, queries;
   if (problem.cache_seqlens) {
-    lengths = copy_to_host(problem.cache_seqlens, problem.cache_seqlens_stride, problem.batch,
-                           stream);
+    lengths =
+        copy_to_host(problem.cache_seqlens, problem.cache_seqlens_stride, problem.batch, stream);
     on_host.cache_seqlens = lengths.data();
     on_host.cache_seqlens_stride = 1;
   }
   if (problem.cu_seqlens_q) {
-    queries = copy_to_host(problem.cu_seqlens_q, problem.cu_seqlens_q_stride, problem.batch + 1,
-                           stream);
+    queries =
+        copy_to_host(problem.cu_seqlens_q, problem.cu_seqlens_q_stride, problem.batch + 1, stream);
     on_host.cu_seqlens_q = queries.data();
     on_host.cu_seqlens_q_stride = 1;
   }

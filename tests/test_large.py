@@ -12,8 +12,6 @@ from cases import int32, run
 from paging import gather_pages
 from reference import assert_close
 
-import leanattn
-
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loader")]
 
 HEADS, DIM = 8, 128

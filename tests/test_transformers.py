@@ -11,7 +11,6 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from cases import has_pages  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import (  # noqa: E402
     Gemma2Config,
@@ -62,17 +61,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def decode_by_gathering(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
-    """The op's answer for pages of one token, by a contiguous copy of them."""
-    if block_table is not None:
-        k_cache, v_cache = (cache[block_table.long()][:, :, 0] for cache in (k_cache, v_cache))
-    return torch.ops.leanattn.decode(q, k_cache, v_cache, cache_seqlens, **options)
-
-
-def op_with_pages():
-    return torch.ops.leanattn.decode if has_pages() else decode_by_gathering
-
-
 class NoWaiting(TorchDispatchMode):
     """Fails where the host asks for a value of the device."""
 
@@ -85,7 +73,7 @@ class NoWaiting(TorchDispatchMode):
 def calls(monkeypatch):
     """A list that grows with every call of the op by the integration."""
     made = []
-    decode = op_with_pages()
+    decode = torch.ops.leanattn.decode
 
     def counting(*args, **kwargs):
         made.append(kwargs)
@@ -404,7 +392,7 @@ class CountingBackend:
 @torch.no_grad()
 def test_compile_of_a_step_with_a_static_cache(family, padded, monkeypatch):
     """One whole graph for all steps, masks included, with the op in it for every layer."""
-    monkeypatch.setattr(integration, "_decode", op_with_pages())
+    monkeypatch.setattr(integration, "_decode", torch.ops.leanattn.decode)
     torch._dynamo.reset()
     ids, mask = make_prompts(padded)
     tokens = make_tokens(6)
@@ -434,7 +422,7 @@ def test_compile_of_a_step_with_a_static_cache(family, padded, monkeypatch):
 @torch.no_grad()
 def test_inductor_compiles_a_step(padded, monkeypatch):
     """Generated code around the op, which writes the cache in place and reads it."""
-    monkeypatch.setattr(integration, "_decode", op_with_pages())
+    monkeypatch.setattr(integration, "_decode", torch.ops.leanattn.decode)
     torch._dynamo.reset()
     ids, mask = make_prompts(padded)
     tokens = make_tokens(3)

@@ -7,9 +7,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import leanattn
 import pytest
 import torch
+
+import leanattn
 
 # Ubuntu 22.04's: a library built there or earlier runs on every newer Linux.
 NEWEST_GLIBC = (2, 35)

@@ -122,9 +122,10 @@ class CpuDecode {
     RowStates states(rows, head_dim_v);
     load_queries(segment, rows, q.data());
     for (int t = tile_begin; t < tile_end; ++t) {
-      const KeyRange keys{std::max(segment.keys.any.begin, t * tile),
-                          std::min<int>(segment.keys.any.end, std::min<int64_t>(
-                                            int64_t{t + 1} * tile, problem_.capacity))};
+      const KeyRange keys{
+          std::max(segment.keys.any.begin, t * tile),
+          std::min<int>(segment.keys.any.end,
+                        std::min<int64_t>(int64_t{t + 1} * tile, problem_.capacity))};
       load_keys(segment, keys, params_.k, params_.k_batch_stride, params_.k_seq_stride,
                 params_.k_head_stride, params_.k_dim_stride, head_dim, k.data());
       load_keys(segment, keys, params_.v, params_.v_batch_stride, params_.v_seq_stride,
@@ -151,10 +152,10 @@ class CpuDecode {
   // steps are so wide that the fp32 maximum could be far from the largest score, in fp32.
   void softmax(RowStates& states, int row, const QueryRow& r, const Segment& segment, int begin,
                int end, double* scores, float* probabilities) const {
-    const float slope =
-        params_.alibi_slopes ? params_.alibi_slopes[segment.seq * params_.alibi_batch_stride +
-                                                    r.head * params_.alibi_head_stride]
-                             : 0.0f;
+    const float slope = params_.alibi_slopes
+                            ? params_.alibi_slopes[segment.seq * params_.alibi_batch_stride +
+                                                   r.head * params_.alibi_head_stride]
+                            : 0.0f;
     float new_max = states.max[row];
     for (int key = begin; key < end; ++key) {
       double& score = scores[key - begin];
@@ -177,7 +178,8 @@ class CpuDecode {
       const QueryRow r = query_row(params_, segment, row);
       load_row(static_cast<const Element*>(params_.q) +
                    q_offset(params_, segment.seq, segment.sequence, r.query, r.head),
-               params_.q_dim_stride, params_.head_dim, q + static_cast<size_t>(row) * params_.head_dim);
+               params_.q_dim_stride, params_.head_dim,
+               q + static_cast<size_t>(row) * params_.head_dim);
     }
   }
 
@@ -251,8 +253,8 @@ class CpuDecode {
       finish(states, node.covers(segment.item));
     };
     for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-      fold_node(segment.item, segment.tile_begin, {0, tile}, compute(segment, tile, tile + 1), stack,
-                emit);
+      fold_node(segment.item, segment.tile_begin, {0, tile}, compute(segment, tile, tile + 1),
+                stack, emit);
     }
     fold_rest<RowStates>(segment.item, segment.tile_begin, segment.tile_end, stack, emit);
   }
@@ -330,7 +332,8 @@ class CpuDecode {
 
 void decode_cpu(const DecodeParams& params, const ParallelFor& parallel_for) {
   switch (params.element_type) {
-    case ElementType::kFloat32: return CpuDecode<float>(params, parallel_for).run();
+    case ElementType::kFloat32:
+      return CpuDecode<float>(params, parallel_for).run();
     case ElementType::kFloat16:
       return CpuDecode<torch::headeronly::Half>(params, parallel_for).run();
     case ElementType::kBFloat16:

@@ -20,7 +20,7 @@ constexpr int kMaxDevices = 64;
 struct KernelSetup {
   std::atomic<bool> done{false};
   bool has_tma = false;  // false also where compute_80 PTX was compiled for a newer device
-  int num_stages = 0;
+  int num_stages = 0;    // 0: the device has too little shared memory for the kernel
   int shared_memory_bytes = 0;
   std::array<int, kMaxClusterSize + 1> max_clusters{};  // that run at once, by CTAs a cluster
 };

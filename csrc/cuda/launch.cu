@@ -42,17 +42,10 @@ const DeviceLimits& device_limits(int device) {
     limits[device].capability =
         ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor);
     // Two transfers a clock, which is in kHz.
-    limits[device].bytes_per_us = 2.0 * ask(cudaDevAttrMemoryClockRate) * 1e-3 *
-                                  ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
+    limits[device].bytes_per_us =
+        2.0 * ask(cudaDevAttrMemoryClockRate) * 1e-3 * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
   });
   return limits[device];
-}
-
-int rows_per_item_for(int64_t rows) {
-  for (const int candidate : {8, 16, 32}) {
-    if (rows <= candidate) return candidate;
-  }
-  return 64;
 }
 
 namespace {
@@ -64,8 +57,8 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                                12000, cudaEnableDefault, &result);
     const bool found = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
     if (!found) cudaGetLastError();
     return reinterpret_cast<EncodeTiled>(found ? entry : nullptr);
@@ -84,8 +77,8 @@ bool loader_is_cp_async() {
 // The extents and strides of a cache, outermost dimension last, as a tensor map wants them.
 struct MapShape {
   const void* data;
-  cuuint64_t extent[4];         // elements: head dim, tokens, heads, batch or pages
-  int64_t stride_elements[3];   // tokens, heads, batch or pages
+  cuuint64_t extent[4];        // elements: head dim, tokens, heads, batch or pages
+  int64_t stride_elements[3];  // tokens, heads, batch or pages
 };
 
 bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& map) {
@@ -151,10 +144,14 @@ namespace {
 template <class Element, int kHeadDim, class Visit>
 void dispatch_rows(int rows, Visit visit) {
   switch (rows) {
-    case 8: return visit.template operator()<DecodeTraits<Element, kHeadDim, 8>>();
-    case 16: return visit.template operator()<DecodeTraits<Element, kHeadDim, 16>>();
-    case 32: return visit.template operator()<DecodeTraits<Element, kHeadDim, 32>>();
-    default: return visit.template operator()<DecodeTraits<Element, kHeadDim, 64>>();
+    case 8:
+      return visit.template operator()<DecodeTraits<Element, kHeadDim, 8>>();
+    case 16:
+      return visit.template operator()<DecodeTraits<Element, kHeadDim, 16>>();
+    case 32:
+      return visit.template operator()<DecodeTraits<Element, kHeadDim, 32>>();
+    default:
+      return visit.template operator()<DecodeTraits<Element, kHeadDim, 64>>();
   }
 }
 
@@ -180,17 +177,29 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
                "cudaMemsetAsync");
   }
   dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v),
-           params.problem.rows_per_item, [&]<class Traits>() {
-             launch_kernel<Traits>(params, device, stream);
-           });
+           params.problem.rows_per_item,
+           [&]<class Traits>() { launch_kernel<Traits>(params, device, stream); });
+}
+
+int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
+  int fit = 0;
+  for (const int candidate : {8, 16, 32, 64}) {
+    bool fits = false;
+    dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v), candidate,
+             [&]<class Traits>() { fits = setup_kernel<Traits>(device).num_stages > 0; });
+    if (!fits) break;
+    fit = candidate;
+    if (rows <= candidate) break;
+  }
+  if (fit == 0) throw_error("leanattn: this device has too little shared memory for its head dim");
+  return fit;
 }
 
 Machine machine_for(const DecodeParams& params, int device) {
   Machine machine{device_limits(device).num_sms, device_limits(device).bytes_per_us, {}};
-  dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v),
-           params.problem.rows_per_item, [&]<class Traits>() {
-             machine.max_clusters = setup_kernel<Traits>(device).max_clusters;
-           });
+  dispatch(
+      params.element_type, max_of(params.head_dim, params.head_dim_v), params.problem.rows_per_item,
+      [&]<class Traits>() { machine.max_clusters = setup_kernel<Traits>(device).max_clusters; });
   return machine;
 }
 

@@ -23,8 +23,9 @@ struct DeviceLimits {
 
 const DeviceLimits& device_limits(int device);
 
-// Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible.
-int rows_per_item_for(int64_t rows);
+// Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible,
+// but no more than the device has shared memory for. params: types and head dims.
+int rows_per_item_for(const DecodeParams& params, int64_t rows, int device);
 
 // What the layout of a launch depends on; params: types and head dims.
 Machine machine_for(const DecodeParams& params, int device);

@@ -12,13 +12,6 @@
 namespace leanattn {
 
 template <class Traits>
-[[noreturn]] void throw_too_little_memory() {
-  throw_error("leanattn: this device has too little shared memory for head dim " +
-              std::to_string(Traits::kHeadDim) + " with " + std::to_string(Traits::kRows) +
-              " query rows");
-}
-
-template <class Traits>
 const KernelSetup& setup_kernel(int device) {
   static std::array<KernelSetup, kMaxDevices> setups;
   KernelSetup& setup = setups.at(device);
@@ -28,7 +21,10 @@ const KernelSetup& setup_kernel(int device) {
   const int available = device_limits(device).shared_memory_bytes - Traits::kRingOffset;
   const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
   // One stage is slow but works: K is released before V needs the room.
-  if (num_stages < 1) throw_too_little_memory<Traits>();
+  if (num_stages < 1) {
+    setup.done.store(true, std::memory_order_release);
+    return setup;
+  }
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   setup.has_tma = attributes.ptxVersion >= 90 && device_limits(device).capability >= 90;
@@ -49,6 +45,15 @@ const KernelSetup& setup_kernel(int device) {
   return setup;
 }
 
+// The tree's lowest levels, which come up all the time, stay in shared memory: six, or as many as
+// leave the ring 64 KB, below which it no longer keeps the memory busy.
+template <class Traits>
+RoomPlan plan_fold(const KernelSetup& setup) {
+  const int available = setup.shared_memory_bytes - Traits::kRingOffset;
+  const int levels = clamp_to((available - 65536) / Traits::kFoldLevelBytes, 0, 6);
+  return {(available - levels * Traits::kFoldLevelBytes) / Traits::kStageBytes, levels};
+}
+
 // One CTA a unit.
 template <class Traits>
 void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) {
@@ -56,20 +61,15 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   const LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
-  // The waiting states of a batch-invariant decode take room from the ring.
-  const int num_stages =
-      params.batch_invariant
-          ? (setup.shared_memory_bytes - Traits::kRingOffset - Traits::kFoldBytes) /
-                Traits::kStageBytes
-          : setup.num_stages;
-  if (num_stages < 1) throw_too_little_memory<Traits>();
-  check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, num_stages),
+  const RoomPlan room =
+      params.batch_invariant ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
+  check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),
              "cudaLaunchKernelEx");
 }
 
-#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                             \
-  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows>>(int);           \
-  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int,   \
+#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                          \
+  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows>>(int);        \
+  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int, \
                                                                       cudaStream_t);
 
 }  // namespace leanattn

@@ -18,14 +18,15 @@ namespace leanattn {
 
 // The consumer warps' whole life.
 template <class Traits>
-__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place, int unit,
-                                        int num_stages, Ring<Traits> ring, TaskQueue<Traits> tasks,
+__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
+                                        int unit, const RoomPlan& room, Ring<Traits> ring,
+                                        TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   const WarpPlace<Traits> place(threadIdx.x / 32);
   MainLoop<Traits> main_loop(params, place);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
   const bool in_tree = Traits::kRows <= kFoldRows && params.batch_invariant;
-  const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, num_stages, smem);
+  const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
     const Segment& segment = task->segment;
@@ -95,13 +96,13 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params,
-                  const __grid_constant__ TensorMaps maps, int num_stages) {
+                  const __grid_constant__ TensorMaps maps, RoomPlan room) {
   extern __shared__ __align__(1024) uint8_t dynamic_smem[];
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(dynamic_smem);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  Ring<Traits> ring(smem, num_stages);
+  Ring<Traits> ring(smem, room.num_stages);
   TaskQueue<Traits> tasks(smem);
   if (warp == Traits::kProducerWarp) {
 #if __CUDA_ARCH__ >= 900
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     tasks.close();
   } else {
     ptx::bar_sync(kSetupBarrier, Traits::kThreads);
-    consume<Traits>(params, place, unit, num_stages, ring, tasks, smem);
+    consume<Traits>(params, place, unit, room, ring, tasks, smem);
   }
   write_empty_rows<Traits>(params, place, smem);
 }

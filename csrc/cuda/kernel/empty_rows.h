@@ -23,9 +23,9 @@ __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int 
 template <class Traits>
 __device__ __forceinline__ void write_uncovered_rows(const DecodeParams& params, int begin, int end,
                                                      int warp, int num_warps) {
-  for (int row = begin + warp; row < end; row += num_warps) {
+  for (int64_t row = int64_t{begin} + warp; row < end; row += num_warps) {
     for (int head = 0; head < params.num_heads_q; ++head) {
-      write_empty_row<Traits>(params, 0, row, head, kNegativeInfinity);
+      write_empty_row<Traits>(params, 0, static_cast<int>(row), head, kNegativeInfinity);
     }
   }
 }
@@ -40,7 +40,8 @@ __device__ __forceinline__ void write_empty_item(const DecodeParams& params, int
   for (int row = first; row < first + item_rows(problem, sequence, row_block); ++row) {
     const int head = head_kv * problem.group_size + row % problem.group_size;
     const float lse = params.sinks ? params.sinks[head * params.sinks_stride] : kNegativeInfinity;
-    write_empty_row<Traits>(params, seq, sequence.query_begin + row / problem.group_size, head, lse);
+    write_empty_row<Traits>(params, seq, sequence.query_begin + row / problem.group_size, head,
+                            lse);
   }
 }
 
@@ -57,7 +58,8 @@ __device__ __forceinline__ void write_empty_rows(const DecodeParams& params, con
     write_uncovered_rows<Traits>(params, place.query_end, problem.total_q, warp, num_warps);
   }
   if (!place.any_empty) return;
-  for (int seq = warp; seq < problem.batch; seq += num_warps) {
+  for (int64_t next = warp; next < problem.batch; next += num_warps) {
+    const int seq = static_cast<int>(next);
     const Sequence sequence = find_sequence<Traits>(problem, seq, smem);
     const int blocks = num_empty_row_blocks(problem, sequence);
     for (int block = 0; block < blocks; ++block) {

@@ -6,8 +6,8 @@
 // memory long while the share lasts, and because an item's other part ends no sooner anyway.
 //
 // Memory ordering, CTA i to the last CTA:
-//   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: fence, atomicAdd (release)
-//   last CTA's thread 0: atomicAdd, fence (acquire)  ->  sync_consumers  ->  loads of all its threads
+//   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: fence, atomicInc (release)
+//   last CTA's thread 0: atomicInc, fence (acquire)  ->  sync_consumers  ->  loads of all its threads
 // The loads go to L2 (__ldcg): the non-coherent path could hold the slot's old contents.
 #pragma once
 
@@ -17,9 +17,10 @@
 namespace leanattn {
 
 template <class Traits>
-__device__ __forceinline__ int* counter_of(const DecodeParams& params,
-                                           const typename Traits::CutSegment& cut) {
-  return params.counters + counter_index(params, cut.segment, cut.units.first);
+__device__ __forceinline__ unsigned* counter_of(const DecodeParams& params,
+                                                const typename Traits::CutSegment& cut) {
+  int32_t* counter = params.counters + counter_index(params, cut.segment, cut.units.first);
+  return reinterpret_cast<unsigned*>(counter);
 }
 
 template <class Traits>
@@ -38,10 +39,9 @@ template <class Traits>
 __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, int64_t index,
                                                   int row, int dim) {
   const int64_t slot_row = index * params.problem.rows_per_item + row;
-  const float4 o =
-      __ldcg(reinterpret_cast<const float4*>(params.partial_o + slot_row * params.head_dim_v + dim));
-  const float2 stats =
-      __ldcg(reinterpret_cast<const float2*>(params.partial_stats + slot_row * 2));
+  const float4 o = __ldcg(
+      reinterpret_cast<const float4*>(params.partial_o + slot_row * params.head_dim_v + dim));
+  const float2 stats = __ldcg(reinterpret_cast<const float2*>(params.partial_stats + slot_row * 2));
   QuadState state;
   state.max = stats.x;
   state.sum = stats.y;
@@ -53,26 +53,26 @@ __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, in
 }
 
 // By all consumer threads, after their stores: draws a ticket for each of the unit's cut segments. The
-// last one to arrive puts the counter back to zero: no other unit will look at it again.
+// last ticket of an item takes its counter back to zero.
 template <class Traits>
 __device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num_cuts,
                                              typename Traits::SharedStorage& smem) {
   sync_consumers<Traits>();  // all partial stores of this CTA come before the release below
   if (threadIdx.x == 0) {
     __threadfence();
-    int tickets[2];
+    unsigned tickets[2];
+    unsigned last[2];
 #pragma unroll
-    for (int cut = 0; cut < 2; ++cut) {
-      if (cut < num_cuts) tickets[cut] = atomicAdd(counter_of<Traits>(params, smem.cuts[cut]), 1);
-    }
-#pragma unroll
-    for (int cut = 0; cut < 2; ++cut) {
+    for (int cut = 0; cut < 2; ++cut) {  // both are under way before the first is looked at
       if (cut >= num_cuts) continue;
-      const bool is_last = tickets[cut] == smem.cuts[cut].units.count() - 1;
-      smem.cuts[cut].is_last_to_arrive = is_last;
-      if (is_last) *counter_of<Traits>(params, smem.cuts[cut]) = 0;
+      last[cut] = smem.cuts[cut].units.count() - 1;
+      tickets[cut] = atomicInc(counter_of<Traits>(params, smem.cuts[cut]), last[cut]);
     }
     __threadfence();
+#pragma unroll
+    for (int cut = 0; cut < 2; ++cut) {
+      if (cut < num_cuts) smem.cuts[cut].is_last_to_arrive = tickets[cut] == last[cut];
+    }
   }
   sync_consumers<Traits>();  // the answers are there; the acquire covers the whole CTA
 }

@@ -6,9 +6,9 @@
 
 #include <cuda.h>
 
+#include <cutlass/arch/barrier.h>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
-#include <cutlass/arch/barrier.h>
 
 #include "ring.h"
 
@@ -75,11 +75,10 @@ struct TmaLoader {
     for (int row = first; row < last; row += box_rows) {
 #pragma unroll
       for (int block = 0; block < Traits::kColumnBlocks; ++block) {
-        cute::SM90_TMA_LOAD_4D::copy(
-            map, ring.full_barrier(),
-            static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-            ring.stage_smem() + block * (Traits::kTile * 128) + row * 128, block * 64,
-            tile_token + row, segment.head, segment.seq);
+        cute::SM90_TMA_LOAD_4D::copy(map, ring.full_barrier(),
+                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+                                     ring.stage_smem() + block * (Traits::kTile * 128) + row * 128,
+                                     block * 64, tile_token + row, segment.head, segment.seq);
       }
     }
 #endif
@@ -123,8 +122,7 @@ struct CpAsyncLoader {
 // The producer warp's whole life: every segment of the unit, K and V of every tile.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        SegmentWalker walker, Loader loader,
-                                        Ring<Traits> ring) {
+                                        SegmentWalker walker, Loader loader, Ring<Traits> ring) {
   using Element = typename Traits::Element;
   const CacheView<Element> k{&maps.k,
                              static_cast<const Element*>(params.k),

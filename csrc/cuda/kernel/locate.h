@@ -43,11 +43,11 @@ __device__ __forceinline__ T exclusive_scan(T value, T identity, Op op, T* warps
 }
 
 struct Place {
-  bool in_teams;    // the layout has teams and the items are alike enough for them
-  Shares shares;    // of stream-K
-  Position start;   // of the sequence in which this unit's share begins
-  int query_end;    // where the last sequence's queries end
-  bool any_empty;   // some sequence may have rows that see no key
+  bool in_teams;   // the layout has teams and the items are alike enough for them
+  Shares shares;   // of stream-K
+  Position start;  // of the sequence in which this unit's share begins
+  int query_end;   // where the last sequence's queries end
+  bool any_empty;  // some sequence may have rows that see no key
 };
 
 __device__ __forceinline__ const UniformLine* uniform_line(const DecodeParams& params) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ SegmentWalker make_walker(const DecodeParams& params,
 // Sequences a thread.
 template <class Traits>
 __device__ __forceinline__ int stripe_length(const Problem& problem) {
-  return ceil_div(problem.batch, Traits::kThreads);
+  return (problem.batch - 1) / Traits::kThreads + 1;  // there is at least one sequence
 }
 
 // Any sequence, after locate.
@@ -102,8 +102,11 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   }
 
   const int stripe = stripe_length<Traits>(problem);
-  const int first = min_of<int>(threadIdx.x * stripe, problem.batch);
-  const int last = min_of(first + stripe, problem.batch);
+  const auto stripe_begin = [&](int thread) {
+    return static_cast<int>(min_of<int64_t>(int64_t{thread} * stripe, problem.batch));
+  };
+  const int first = stripe_begin(threadIdx.x);
+  const int last = stripe_begin(threadIdx.x + 1);
 
   // Clamping an entry of cu_seqlens_q to the one before makes a running maximum of it.
   int query_begin = 0;
@@ -133,8 +136,7 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   }
   int num_tiles;
   Position position;
-  position.line = exclusive_scan<Traits::kThreads>(tiles, 0, Sum{}, smem.scan_tiles,
-                                                   num_tiles);
+  position.line = exclusive_scan<Traits::kThreads>(tiles, 0, Sum{}, smem.scan_tiles, num_tiles);
 
   place.shares = make_shares(num_tiles, layout.num_units);
   if (has_teams(layout)) {

@@ -32,7 +32,7 @@ struct WarpPlace {
 template <class Traits>
 struct WarpState {
   float max[Traits::kRowSteps][2];
-  float sum[Traits::kRowSteps][2];                    // this lane's share until reduce_sum
+  float sum[Traits::kRowSteps][2];                   // this lane's share until reduce_sum
   float o[Traits::kDimSteps][Traits::kRowSteps][4];  // O^T fragments: [16 of Dv, 8 rows]
 
   __device__ __forceinline__ void clear() {
@@ -76,8 +76,7 @@ class MainLoop {
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
-                                      int tile_end, Ring<Traits>& ring,
-                                      WarpState<Traits>& state) {
+                                      int tile_end, Ring<Traits>& ring, WarpState<Traits>& state) {
     const Segment& segment = task.segment;
     segment_ = &segment;
     q_smem_ = task.q;
@@ -119,7 +118,7 @@ class MainLoop {
   }
 
  private:
-  using Scores = float[kTokenSteps][kRowSteps][4];                  // S^T: [16 tokens, 8 rows]
+  using Scores = float[kTokenSteps][kRowSteps][4];            // S^T: [16 tokens, 8 rows]
   using Probabilities = uint32_t[kTokenSteps][kRowSteps][2];  // P^T as B operand
 
   template <bool kMasked>
@@ -229,7 +228,7 @@ class MainLoop {
         }
       }
       for (int i = 0; i < kTokenSteps; ++i) {
-        const float(&p)[4] = scores[i][n];
+        const float (&p)[4] = scores[i][n];
         probabilities[i][n][0] = movmatrix_trans(pack<Element>(p[0], p[1]));
         probabilities[i][n][1] = movmatrix_trans(pack<Element>(p[2], p[3]));
       }
@@ -354,7 +353,8 @@ class MainLoop {
 #pragma unroll
     for (int i = 0; i < kTokenSteps; ++i) {
 #pragma unroll 1
-      for (int key = token + i * 16; key < token + i * 16 + 16; ++key) {
+      for (int offset = 0; offset < 16; ++offset) {  // the token after the last may be 2^31
+        const int key = token + i * 16 + offset;
         if (!segment_->keys.any.contains(key)) continue;
 #pragma unroll
         for (int j = 0; j < kDimSteps; ++j) {

@@ -31,14 +31,14 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   const int q_row = segment.sequence.query_begin + row.query;
   if (params.sinks) state.merge_sink(params.sinks[row.head * params.sinks_stride]);
   if (dim == 0 && params.lse) {
-    params.lse[lse_offset(params, segment.seq, q_row, row.head)] =
-        lse_of(state.max, state.sum);
+    params.lse[lse_offset(params, segment.seq, q_row, row.head)] = lse_of(state.max, state.sum);
   }
   const float factor = inverse_of(state.sum);
   uint2 packed;
   packed.x = pack<Element>(state.o[0] * factor, state.o[1] * factor);
   packed.y = pack<Element>(state.o[2] * factor, state.o[3] * factor);
-  Element* out = static_cast<Element*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
+  Element* out =
+      static_cast<Element*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
   *reinterpret_cast<uint2*>(out + dim) = packed;
 }
 

@@ -10,10 +10,10 @@ namespace leanattn::ptx {
 
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier-init
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier_smem, uint32_t arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(
-                   cute::cast_smem_ptr_to_uint(barrier_smem)),
-               "r"(arrivals)
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(cute::cast_smem_ptr_to_uint(barrier_smem)),
+      "r"(arrivals)
+      : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier_smem) {

@@ -40,9 +40,7 @@ class Ring {
     return reinterpret_cast<uint8_t*>(&smem_) + Traits::kRingOffset +
            position_.stage * Traits::kStageBytes;
   }
-  __device__ __forceinline__ uint64_t* full_barrier() const {
-    return &smem_.full[position_.stage];
-  }
+  __device__ __forceinline__ uint64_t* full_barrier() const { return &smem_.full[position_.stage]; }
 
   // Producer: until every consumer warp has read the stage. A fresh barrier counts as just past the
   // phase of parity 1, so that the first round does not wait.

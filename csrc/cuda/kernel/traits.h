@@ -21,15 +21,21 @@
 
 namespace leanattn {
 
+// How a launch divides the shared memory behind SharedStorage.
+struct RoomPlan {
+  int num_stages;   // of the ring
+  int fold_levels;  // of waiting states, behind the ring; for batch_invariant
+};
+
 // The CTA's hardware barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;  // among the consumer warps
 constexpr int kSetupBarrier = 2;     // the consumers wait for the other warps' set-up
 
 template <class Element_, int kHeadDim_, int kRows_>
 struct DecodeTraits {
-  using Element = Element_;                               // of q, K, V, P and out
-  static constexpr int kHeadDim = kHeadDim_;              // D and Dv, padded: 64, 128 or 256
-  static constexpr int kRows = kRows_;                    // packed query rows, padded: 8..64
+  using Element = Element_;                   // of q, K, V, P and out
+  static constexpr int kHeadDim = kHeadDim_;  // D and Dv, padded: 64, 128 or 256
+  static constexpr int kRows = kRows_;        // packed query rows, padded: 8..64
   static constexpr int kTile = 1 << tile_tokens_log2_for(kHeadDim);  // tokens
 
   static constexpr int kConsumerWarps = 8;
@@ -113,12 +119,9 @@ struct DecodeTraits {
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
 
-  // Batch-invariant items have at most kFoldRows rows. Their waiting states of the tree's lowest levels
-  // lie behind the ring; see tree_fixup.h.
+  // The waiting states of one level of a batch-invariant item's tree; see tree_fixup.h.
   static constexpr int kFoldLevelStates = kRows * kHeadDim / 4;
-  static constexpr int kFoldLevels =
-      kRows <= kFoldRows ? min_of<int>(6, 49152 / (kFoldLevelStates * sizeof(SoftmaxState<4>))) : 0;
-  static constexpr int kFoldBytes = kFoldLevels * kFoldLevelStates * sizeof(SoftmaxState<4>);
+  static constexpr int kFoldLevelBytes = kFoldLevelStates * sizeof(SoftmaxState<4>);
 
   // A unit's partial in a cluster, in the ring's first stages, when all have been read.
   struct ClusterPartial {

@@ -38,13 +38,13 @@ struct FoldMemory {
 // The shared part lies behind the ring.
 template <class Traits>
 __device__ __forceinline__ FoldMemory<Traits> fold_memory(const DecodeParams& params, int unit,
-                                                          int num_stages,
+                                                          const RoomPlan& room,
                                                           typename Traits::SharedStorage& smem) {
-  uint8_t* behind_ring =
-      reinterpret_cast<uint8_t*>(&smem) + Traits::kRingOffset + num_stages * Traits::kStageBytes;
+  uint8_t* behind_ring = reinterpret_cast<uint8_t*>(&smem) + Traits::kRingOffset +
+                         room.num_stages * Traits::kStageBytes;
   return {reinterpret_cast<QuadState*>(behind_ring),
           params.fold_states + int64_t{unit} * (params.max_nodes / 2) * Traits::kFoldLevelStates,
-          Traits::kFoldLevels};
+          room.fold_levels};
 }
 
 // By all consumer threads of the unit that came last: folds the partials of all units, which are nodes
@@ -85,7 +85,8 @@ __device__ __forceinline__ void fold_partials(const DecodeParams& params, const 
       }
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
-        if (i < count) fold_node(segment.item, segment.item.begin, nodes[i], states[i], stack, emit);
+        if (i < count)
+          fold_node(segment.item, segment.item.begin, nodes[i], states[i], stack, emit);
       }
     }
   });

@@ -32,8 +32,8 @@ __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem
       }
 #pragma unroll
       for (int j = 0; j < Traits::kDimSteps; ++j) {
-        float* o = &smem.merge_o[place.slice][row]
-                                [place.dim_group * Traits::kWarpDim + j * 16 + place.g];
+        float* o =
+            &smem.merge_o[place.slice][row][place.dim_group * Traits::kWarpDim + j * 16 + place.g];
         o[0] = state.o[j][n][c];
         o[8] = state.o[j][n][c + 2];
       }

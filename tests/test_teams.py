@@ -1,0 +1,102 @@
+"""Every layout of the work on the GPU: stream-K, whole items, teams of CTAs, clusters.
+
+`LEANATTN_LAYOUT` forces one for all lengths; without it the cost model chooses, and the device may
+still take stream-K where lengths differ.
+"""
+
+import pytest
+import torch
+from cases import check, int32, make_case, run
+from reference import assert_close, assert_same_bits
+from test_needles import needle_case, tile_edges
+
+import leanattn
+
+LAYOUTS = ["stream_k", "teams:1", "teams:3", "teams:16", "clusters:2", "clusters:3", "clusters:8"]
+CASES = {
+    "uniform": dict(lengths=None, batch=3, capacity=1000),
+    "one-sequence": dict(lengths=(1500,)),
+    "ragged": dict(lengths=(5, 900, 128, 0, 2000)),
+    "all-empty": dict(lengths=(0, 0)),
+    "many-short": dict(lengths=tuple(range(1, 200))),
+    "window": dict(lengths=(900, 100, 3000), window_left=300, seqlen_q=2),
+    "row-blocks": dict(lengths=(400, 1200), heads=(71, 1), seqlen_q=2),
+    "more-queries-than-keys": dict(lengths=(3, 700), seqlen_q=9, heads=(8, 2)),
+    "sinks": dict(lengths=(640, 129), sinks=True, heads=(16, 1)),
+    "ragged-queries": dict(lengths=(640, 129, 77), query_lengths=(3, 0, 5)),
+}
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loader")]
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request, device, monkeypatch):
+    if torch.cuda.get_device_capability()[0] < 9 and request.param.startswith("clusters"):
+        pytest.skip("needs clusters")
+    monkeypatch.setenv("LEANATTN_LAYOUT", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_fp64(name, layout, device):
+    for dims in ((64, 64), (128, 128), (192, 256)):
+        check(make_case(device, torch.float16, dims=dims, **CASES[name]))
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)], ids=["128-token-tile", "64-token-tile"])
+def test_needle_at_every_tile_edge(dims, layout, device):
+    check(needle_case(device, torch.float16, tile_edges(777), 777, dims=dims))
+
+
+@pytest.mark.parametrize("group_size", [1, 8, 16, 32, 64])
+def test_every_row_tile(group_size, layout, device):
+    for dims in ((64, 64), (128, 128), (256, 256)):
+        check(make_case(device, torch.bfloat16, heads=(2 * group_size, 2), dims=dims,
+                        lengths=(1000, 300)))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["uniform", "ragged", "row-blocks"])
+def test_same_bits_in_every_run_and_counters_stay_zero(name, layout, device):
+    case = make_case(device, torch.bfloat16, dims=(128, 128), **CASES[name])
+    counters = leanattn.counters(torch.device(device), 4096)
+    out, lse = run(case)
+    for _ in range(20):
+        again, lse_again = run(case, counters=counters)
+        assert_same_bits(again, out)
+        assert_same_bits(lse_again, lse)
+    assert not counters.any()
+
+
+def test_graph_replays_with_other_lengths(layout, device):
+    case = make_case(device, torch.bfloat16, lengths=(2000, 2000, 2000), poison=None)
+    leanattn.warmup(device)
+    run(case)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(case)
+    for lengths in ((2000, 2000, 2000), (1, 0, 1999), (0, 0, 0), (640, 650, 660), (2000, 5, 5)):
+        case["cache_seqlens"].copy_(int32(lengths, device))
+        graph.replay()
+        assert_close(out, lse, **case)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (16, 16), (64, 1), (40, 10), (71, 1)])
+@pytest.mark.parametrize("lengths", [(3000,) * 2, (3000, 10, 2900), (700,) * 16])
+def test_chosen_layouts(lengths, heads, device):
+    """No layout forced: what a user gets, with lengths and without."""
+    case = make_case(device, torch.bfloat16, heads=heads, dims=(128, 128), lengths=lengths)
+    check(case)
+    if len(set(lengths)) == 1:
+        for name in ("k_cache", "v_cache"):
+            case[name] = case[name][:, : lengths[0]]
+        del case["cache_seqlens"]
+        check(case)
+
+
+def test_wrong_layouts_are_refused(device, monkeypatch):
+    case = make_case(device, torch.float16)
+    for text in ("clusters:1", "clusters:9", "teams:0", "teams:", "whole", "teams:4x"):
+        monkeypatch.setenv("LEANATTN_LAYOUT", text)
+        with pytest.raises(RuntimeError, match="LEANATTN_LAYOUT"):
+            run(case)
