@@ -10,6 +10,7 @@ These environment variables change the build:
     CUDA_HOME, MAX_JOBS        where CUDA is; how many files to compile at a time
 """
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -128,6 +129,12 @@ def count_kernels():
     return sum(line.startswith("LEANATTN_INSTANTIATE(") for line in lines)
 
 
+def hash_headers():
+    """16 hex digits of what the headers of csrc/ hold."""
+    headers = sorted(p for p in CSRC.rglob("*.h") if "cutlass" not in p.parts)
+    return hashlib.sha256(b"".join(p.read_bytes() for p in headers)).hexdigest()[:16]
+
+
 def find_sources(with_cuda):
     """All of csrc/ but CUTLASS and what the tests compile; csrc/cuda/ only with CUDA."""
 
@@ -149,6 +156,9 @@ def make_extension(cuda_home, targets):
 
     if cuda_home:
         nvcc += [f"-gencode=arch=compute_{t.split('_')[1]},code={t}" for t in targets]
+        # A CPU-only torch has ninja forget which headers a .cu file includes: with their hash in the
+        # command, an old object is not taken for a new one.
+        nvcc.append(f"-DLEANATTN_HEADERS=0x{hash_headers()}")
         # torch turns these off for the sake of its own headers.
         kinds = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]
         nvcc += [f"-U__CUDA_NO_{kind}__" for kind in kinds]
