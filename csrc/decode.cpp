@@ -391,7 +391,7 @@ Layout stream_k_layout(const Checker& check, const Problem& problem, int availab
   const int units = forced.empty()
                         ? static_cast<int>(std::clamp<int64_t>(max_tiles(problem), 1, available))
                         : forced_number(check, "LEANATTN_NUM_UNITS", forced);
-  return {units, 0, 1, 0};
+  return {units, 0, 1, 0, 0};
 }
 
 void set_rows_per_item(Problem& problem, int rows) {

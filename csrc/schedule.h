@@ -203,8 +203,9 @@ struct Layout {
   // one, where it has several units: they share it out evenly.
   int items_per_team;
   FastDivisor team_size;
-  // Of a team's largest share over stream-K's, in tiles, that teams are still worth; for where only
-  // the device knows the lengths, and so whether the items are alike.
+  // Where only the device knows the lengths, and so whether the items are alike: units that teams
+  // keep busy, and how many tiles more than their mean the longest share may have.
+  int team_units;
   int slack_tiles;
 };
 

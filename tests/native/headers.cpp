@@ -244,7 +244,7 @@ PYBIND11_MODULE(headers, m) {
   m.def("partials_to_merge", &partials_to_merge);
   py::class_<Layout>(m, "Layout")
       .def(py::init([](int num_units, int items_per_team, int team_size) {
-        return Layout{num_units, items_per_team, team_size, 0};
+        return Layout{num_units, items_per_team, team_size, num_units, 0};
       }))
       .def_readonly("num_units", &Layout::num_units)
       .def_readonly("items_per_team", &Layout::items_per_team)

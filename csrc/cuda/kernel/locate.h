@@ -143,8 +143,10 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
     exclusive_scan<Traits::kThreads>(longest, 0, Max{}, smem.scan_largest, longest);
     // Row blocks of a sequence are close to alike.
     const int of_item = ceil_div<int>(longest, problem.row_blocks);
-    const int team_share = ceil_div<int>(of_item * layout.items_per_team, layout.team_size);
-    place.in_teams = team_share <= place.shares.small_share + layout.slack_tiles;
+    const int64_t team_share =
+        ceil_div<int64_t>(int64_t{of_item} * layout.items_per_team, layout.team_size);
+    const int64_t worst = num_tiles + int64_t{layout.slack_tiles} * layout.team_units;
+    place.in_teams = team_share * layout.team_units <= worst;
   }
   const int wanted = place.shares.is_idle(unit) ? -1 : place.shares.begin(unit);
   if (position.line <= wanted && wanted < position.line + tiles) {
