@@ -417,8 +417,10 @@ struct Workspace {
   bool owns_counters;
 };
 
-// Whether the layout, whatever the lengths are, merges in registers and shared memory alone.
+// Whether the layout, whatever the lengths are, merges in registers and shared memory alone. A fixed
+// tree keeps states in the workspace even where no item is cut.
 bool stays_on_chip(const DecodeParams& p) {
+  if (p.batch_invariant) return false;
   const bool teams_for_sure = has_teams(p.layout) && (p.is_uniform || p.problem.batch == 1);
   return teams_for_sure && (p.is_clustered || p.layout.team_size == 1);
 }
@@ -486,8 +488,8 @@ Items items_of(const DecodeParams& p) {
 }
 
 // The layout that LEANATTN_LAYOUT names, for tests and the sweep of bench/tune.py.
-LayoutChoice forced_layout(const Checker& check, const Items& items, const Machine& machine,
-                           std::string_view name) {
+LayoutChoice forced_layout(const Checker& check, const DecodeParams& p, const Items& items,
+                           const Machine& machine, std::string_view name) {
   if (name == "stream_k") return stream_k(items, machine);
   const bool clustered = name.starts_with("clusters:");
   check.require(clustered || name.starts_with("teams:"), "LEANATTN_LAYOUT",
@@ -496,6 +498,10 @@ LayoutChoice forced_layout(const Checker& check, const Items& items, const Machi
   check.require(!clustered || (size >= 2 && size <= kMaxClusterSize && machine.max_clusters[size]),
                 "LEANATTN_LAYOUT", "must name clusters of 2 to ", kMaxClusterSize,
                 " CTAs on a GPU that has them, got '", name, "'");
+  check.require(!clustered || !p.batch_invariant, "LEANATTN_LAYOUT",
+                "must not name clusters with batch_invariant, got '", name, "'");
+  check.require(int64_t{items.count} * size <= kMaxInt, "LEANATTN_LAYOUT",
+                "must ask for fewer than 2^31 units, got '", name, "'");
   LayoutChoice choice = teams(items, machine, size, clustered);
   choice.layout.slack_tiles = 1 << 30;  // whatever the lengths are
   return choice;
@@ -503,17 +509,17 @@ LayoutChoice forced_layout(const Checker& check, const Items& items, const Machi
 
 void plan_layout(const Checker& check, DecodeParams& p, int device) {
   const Problem& problem = p.problem;
-  Machine machine = machine_for(p, device);
+  const Machine machine = machine_for(p, device);
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
   // Teams need as many items in every sequence.
   if (!problem.cu_seqlens_q && environment("LEANATTN_NUM_UNITS").empty()) {
     const Items items = items_of(p);
     const std::string_view forced = environment("LEANATTN_LAYOUT");
-    // The fixed tree is not folded in clusters.
-    if (p.batch_invariant) machine.max_clusters = {};
-    LayoutChoice choice = forced.empty() ? choose_layout(items, machine)
-                                         : forced_layout(check, items, machine, forced);
+    Machine choosable = machine;
+    if (p.batch_invariant) choosable.max_clusters = {};  // a fixed tree is not folded in clusters
+    LayoutChoice choice = forced.empty() ? choose_layout(items, choosable)
+                                         : forced_layout(check, p, items, machine, forced);
     if (has_teams(choice.layout) && !p.is_uniform && problem.batch > 1) {
       // The device may fall back on stream-K, which wants all SMs.
       const int size = choice.layout.team_size;

@@ -370,7 +370,10 @@ class SegmentWalker {
     if (next_ >= end_) return false;
     LEANATTN_KEEP_ROLLED
     while (next_ == item_line_ + item_.size()) {
-      if (--items_left_ == 0) return false;
+      if (--items_left_ == 0) {
+        end_ = next_;  // from now on every call says so
+        return false;
+      }
       enter_next_item();
     }
     segment.seq = position_.seq;

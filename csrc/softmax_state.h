@@ -66,8 +66,10 @@ struct SoftmaxState {
     for (int d = 0; d < kWidth; ++d) o[d] *= own;
     for (int i = 0; i < n; ++i) {
       const float factor = rescale_factor(others[i].max, new_max);
-      sum += factor * others[i].sum;
-      for (int d = 0; d < kWidth; ++d) o[d] += factor * others[i].o[d];
+      // Spelled out: with two products to choose from, the compiler might fuse another one elsewhere,
+      // and the bits of a merge must not depend on where it is inlined.
+      sum = fmaf(factor, others[i].sum, sum);
+      for (int d = 0; d < kWidth; ++d) o[d] = fmaf(factor, others[i].o[d], o[d]);
     }
     max = new_max;
   }

@@ -7,6 +7,7 @@ still take stream-K where lengths differ.
 import pytest
 import torch
 from cases import check, int32, make_case, run
+from paging import paginate
 from reference import assert_close, assert_same_bits
 from test_needles import needle_case, tile_edges
 
@@ -92,6 +93,36 @@ def test_chosen_layouts(lengths, heads, device):
             case[name] = case[name][:, : lengths[0]]
         del case["cache_seqlens"]
         check(case)
+
+
+@pytest.mark.parametrize("group_size", [1, 12])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)], ids=str)
+def test_batch_invariant_under_every_layout(dims, group_size, device, monkeypatch):
+    """Long items: their tree has more levels than shared memory holds."""
+    case = make_case(device, torch.bfloat16, heads=(3 * group_size, 3), dims=dims, lengths=None,
+                     batch=2, capacity=17000, scale_q=2.0, batch_invariant=True)  # fmt: skip
+    results = []
+    for layout in ("stream_k", "teams:1", "teams:5"):
+        monkeypatch.setenv("LEANATTN_LAYOUT", layout)
+        results.append(check(case))
+    for out, lse in results[1:]:
+        assert_same_bits(out, results[0][0])
+        assert_same_bits(lse, results[0][1])
+    monkeypatch.setenv("LEANATTN_LAYOUT", "clusters:2")
+    with pytest.raises(RuntimeError, match="LEANATTN_LAYOUT.*batch_invariant"):
+        run(case)
+
+
+def test_paged_caches_of_whole_items(device, monkeypatch):
+    """The walk that fetches page ids ahead asks for segments when there are none left."""
+    monkeypatch.setenv("LEANATTN_LAYOUT", "teams:1")
+    case = make_case(device, torch.bfloat16, lengths=(300, 0, 450, 0, 0))
+    check_paged = paginate(case, 64)
+    out, lse = run(check_paged)
+    assert_close(out, lse, **case)
+    empty = {**check_paged, "block_table": check_paged["block_table"][:, :0]}
+    out, lse = run(empty)
+    assert not out.any() and (lse == -torch.inf).all()
 
 
 def test_wrong_layouts_are_refused(device, monkeypatch):

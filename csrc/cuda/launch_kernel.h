@@ -37,8 +37,11 @@ const KernelSetup& setup_kernel(int device) {
   if (setup.has_tma && num_stages >= Traits::kMinStages) {
     for (int size = 2; size <= kMaxClusterSize; ++size) {
       const LaunchConfig launch(setup, size, size, Traits::kThreads, nullptr);
-      check_cuda(cudaOccupancyMaxActiveClusters(&setup.max_clusters[size], kernel, &launch.config),
-                 "cudaOccupancyMaxActiveClusters");
+      const cudaError_t status =
+          cudaOccupancyMaxActiveClusters(&setup.max_clusters[size], kernel, &launch.config);
+      if (status == cudaSuccess) continue;
+      cudaGetLastError();  // part of a GPU may have none of this size: then none are used
+      setup.max_clusters[size] = 0;
     }
   }
   setup.done.store(true, std::memory_order_release);

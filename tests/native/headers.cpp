@@ -91,8 +91,10 @@ py::array_t<Row> to_numpy(const std::vector<Row>& rows) {
 
 void append(std::vector<Row>& rows, SegmentWalker walker, const Problem& problem,
             const Shares& shares, int unit) {
-  for (Segment segment; walker.next(segment);) {
-    rows.push_back(row_of(problem, shares, segment, unit));
+  Segment segment;
+  while (walker.next(segment)) rows.push_back(row_of(problem, shares, segment, unit));
+  for (int again = 0; again < 3; ++again) {
+    if (walker.next(segment)) throw std::logic_error("a walk that was done went on");
   }
 }
 

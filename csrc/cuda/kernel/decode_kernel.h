@@ -65,15 +65,18 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
     }
     if (!is_whole) {
       if (in_tree) {
-        sync_consumers<Traits>();  // waiting states may be of other threads from here on
-        for_each_quad<Traits>(0, task->num_rows, params.head_dim_v, [&](int row, int dim) {
-          auto stack = fold.stack(row, dim);
-          int node = num_partials;
-          fold_rest<QuadState>(item, segment.tile_begin, segment.tile_end, stack,
-                               [&](const TreeNode&, const QuadState& folded) {
-                                 store_partial<Traits>(params, partial(node++), row, dim, folded);
-                               });
-        });
+        // Eight rows at a time, as merge_warps does: each thread has what it stored itself.
+        for (int first = 0; first < task->num_rows; first += 8) {
+          const int last = min_of(first + 8, task->num_rows);
+          for_each_quad<Traits>(first, last, params.head_dim_v, [&](int row, int dim) {
+            auto stack = fold.stack(row, dim);
+            int node = num_partials;
+            fold_rest<QuadState>(item, segment.tile_begin, segment.tile_end, stack,
+                                 [&](const TreeNode&, const QuadState& folded) {
+                                   store_partial<Traits>(params, partial(node++), row, dim, folded);
+                                 });
+          });
+        }
       }
       if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, task->shares, false};
       ++num_cuts;
