@@ -7,6 +7,16 @@
 #define LEANATTN_HD inline
 #endif
 
+// The architecture that kernel code is compiled for, 0 on the host. tests/emulator runs the kernel on a
+// CPU and says which it is to be.
+#if defined(LEANATTN_EMULATED_ARCH)
+#define LEANATTN_ARCH LEANATTN_EMULATED_ARCH
+#elif defined(__CUDA_ARCH__)
+#define LEANATTN_ARCH __CUDA_ARCH__
+#else
+#define LEANATTN_ARCH 0
+#endif
+
 // Before a loop that runs once as a rule: unrolled copies would only be fetched for nothing.
 #if defined(__CUDA_ARCH__)
 #define LEANATTN_KEEP_ROLLED _Pragma("unroll 1")

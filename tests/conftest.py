@@ -1,8 +1,13 @@
 """Devices, loaders and dtypes of the suite: `device` alone runs a test on the CPU and on CUDA;
 `loader` beside it runs CUDA once a loader; `dtype` runs every dtype that the device takes."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 LOADERS = {"cpu": [None], "cuda": ["tma", "cp_async"]}
 DTYPES = {
@@ -78,10 +83,31 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def load(request, tmp_path_factory, source, *options):
+    from native.build import load_module
+
+    cache = getattr(request.config, "cache", None)
+    folder = cache.mkdir("native") if cache else tmp_path_factory.mktemp("native")
+    return load_module(Path(__file__).parent / source, folder, *options)
+
+
 @pytest.fixture(scope="session")
 def headers(request, tmp_path_factory):
     """The C++ headers that the kernels include, as a Python module; see native/headers.cpp."""
-    from native.build import load_headers
+    return load(request, tmp_path_factory, "native/headers.cpp")
 
-    cache = getattr(request.config, "cache", None)
-    return load_headers(cache.mkdir("headers") if cache else tmp_path_factory.mktemp("headers"))
+
+@pytest.fixture(scope="session")
+def emulated_kernel(request, tmp_path_factory):
+    """The CUDA kernel on an emulator, as a Python module; see emulator/emulator.h."""
+    nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
+    if not nvcc.is_file():
+        pytest.skip("needs CUDA's headers")
+    # nvcc, which may be a wrapper, knows best where they are.
+    command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
+    plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
+    includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
+    return load(
+        request, tmp_path_factory, "emulator/emulated_kernel.cpp", "-DLEANATTN_EMULATED_ARCH=900",
+        f"-I{Path(__file__).parent / 'emulator' / 'include'}", *includes,
+    )  # fmt: skip

@@ -31,7 +31,7 @@ __device__ __forceinline__ void store_cluster_partial(typename Traits::SharedSto
 template <class Traits>
 __device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int unit, int num_cuts,
                                                typename Traits::SharedStorage& smem) {
-#if __CUDA_ARCH__ >= 900
+#if LEANATTN_ARCH >= 900
   auto cluster = cooperative_groups::this_cluster();
   // All partials are there. Warps that are done have left, which counts as arriving.
   cluster.barrier_wait(cluster.barrier_arrive());

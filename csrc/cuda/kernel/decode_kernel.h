@@ -100,22 +100,21 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ TensorMaps maps, RoomPlan room) {
-  extern __shared__ __align__(1024) uint8_t dynamic_smem[];
-  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(dynamic_smem);
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(ptx::dynamic_smem());
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
   Ring<Traits> ring(smem, room.num_stages);
   TaskQueue<Traits> tasks(smem);
   if (warp == Traits::kProducerWarp) {
-#if __CUDA_ARCH__ >= 900
+#if LEANATTN_ARCH >= 900
     if (lane == 0 && maps.usable) {
       cute::prefetch_tma_descriptor(&maps.k.tile);
       cute::prefetch_tma_descriptor(&maps.v.tile);
     }
 #endif
     ring.init(lane, maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
-#if __CUDA_ARCH__ >= 900
+#if LEANATTN_ARCH >= 900
     cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
 #endif
     __syncwarp();  // all are initialised before lane 0 copies

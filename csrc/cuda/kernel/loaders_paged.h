@@ -91,7 +91,7 @@ class PagedTmaLoader {
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
-#if __CUDA_ARCH__ >= 900
+#if LEANATTN_ARCH >= 900
     static_assert((Traits::kTile >> kMinBoxRowsLog2) * Traits::kColumnBlocks <= 32);
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;

@@ -10,6 +10,8 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
+#include "../../mask.h"
+
 namespace leanattn {
 
 // Which elements of a fragment a lane holds (PTX ISA, mma.m16n8k16), with g = lane / 4 and

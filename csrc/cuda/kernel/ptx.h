@@ -2,11 +2,23 @@
 // sm_90. One instruction a function, named after it; the rest comes from cute/arch.
 #pragma once
 
+#include "../../host_device.h"
+
+#if defined(LEANATTN_EMULATED_ARCH)
+#include <emulated_ptx.h>  // of tests/emulator
+#else
+
 #include <cstdint>
 
 #include <cute/arch/util.hpp>
 
 namespace leanattn::ptx {
+
+// The CTA's dynamic shared memory.
+__device__ __forceinline__ uint8_t* dynamic_smem() {
+  extern __shared__ __align__(1024) uint8_t memory_smem[];
+  return memory_smem;
+}
 
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier-init
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier_smem, uint32_t arrivals) {
@@ -34,7 +46,7 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier_smem, uin
   const uint32_t address = cute::cast_smem_ptr_to_uint(barrier_smem);
   uint32_t done = 0;
   while (!done) {
-#if __CUDA_ARCH__ >= 900
+#if LEANATTN_ARCH >= 900
     // Suspends the thread for a while instead of spinning.
     asm volatile(
         "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
@@ -64,3 +76,5 @@ __device__ __forceinline__ void bar_arrive(int barrier, int threads) {
 }
 
 }  // namespace leanattn::ptx
+
+#endif

@@ -1,0 +1,229 @@
+// The decode kernel on the emulator, as a Python module for the tests: arrays in, out and lse back.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <bit>
+#include <optional>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "emulator.h"
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+// The CUDA functions that the kernel uses and g++ does not know.
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return emulator::exchange("shfl.xor", value)[(threadIdx.x % 32) ^ lanes];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return emulator::exchange("shfl.up", value)[lane >= distance ? lane - distance : lane];
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::exchange("shfl", value)[lane];
+}
+inline bool __any_sync(unsigned, bool value) {
+  const auto all = emulator::exchange("vote.any", value);
+  return std::any_of(all.begin(), all.end(), [](bool x) { return x; });
+}
+inline void __syncwarp() { emulator::exchange("syncwarp", 0); }
+inline void __syncthreads() { emulator::sync(0, emulator::machine()->threads); }
+inline int __syncthreads_or(int value) {
+  emulator::Barrier& barrier = emulator::cta().barriers[0];
+  barrier.any |= value != 0;
+  __syncthreads();
+  return barrier.last_any;
+}
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned old = *address;
+  *address = old >= last ? 0 : old + 1;
+  return old;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
+
+#include "cuda/kernel/decode_kernel.h"
+#include "schedule_host.h"
+
+namespace py = pybind11;
+using namespace leanattn;
+
+namespace {
+
+using Bits = py::array_t<uint16_t, py::array::c_style>;  // of float16
+using Ints = py::array_t<int32_t, py::array::c_style>;
+
+CUtensorMap make_map(const void* data, int dim, int rows, int heads, int outer, int box_rows) {
+  emulator::TensorMap map{static_cast<const uint16_t*>(data),
+                          {dim, rows, heads, outer},
+                          {1, int64_t{heads} * dim, dim, int64_t{rows} * heads * dim},
+                          box_rows};
+  CUtensorMap memory{};
+  std::memcpy(static_cast<void*>(&memory), &map, sizeof(map));
+  return memory;
+}
+
+template <class Traits>
+void launch(const DecodeParams& params, const TensorMaps& maps, int stages, int fold_levels,
+            int seed) {
+  const RoomPlan room{stages, fold_levels};
+  const size_t bytes = Traits::kRingOffset +
+                       std::max(stages, Traits::kMinStages) * Traits::kStageBytes +
+                       fold_levels * Traits::kFoldLevelBytes;
+  emulator::run(params.layout.num_units, params.is_clustered ? int{params.layout.team_size} : 1,
+                Traits::kThreads, bytes, seed, [&] { decode_kernel<Traits>(params, maps, room); });
+}
+
+// q [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q; caches [B, S, Hkv, D] or paged. Returns out
+// and lse, and checks that the counters are zero again.
+py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints> cache_seqlens,
+                 std::optional<Ints> block_table, std::optional<Ints> cu_seqlens_q, int window_left,
+                 int window_right, float scale, int rows, int num_units, int items_per_team,
+                 int team_size, bool clustered, int slack_tiles, bool batch_invariant, bool tma,
+                 int stages, int seed) {
+  DecodeParams p{};
+  const bool ragged = cu_seqlens_q.has_value();
+  const int q_dims = static_cast<int>(q.ndim());
+  p.element_type = ElementType::kFloat16;
+  p.head_dim = static_cast<int>(q.shape(q_dims - 1));
+  p.head_dim_v = static_cast<int>(v.shape(3));
+  p.num_heads_q = static_cast<int>(q.shape(q_dims - 2));
+  Problem& problem = p.problem;
+  if (cache_seqlens) problem.cache_seqlens = cache_seqlens->data();
+  problem.cache_seqlens_stride = 1;
+  if (ragged) problem.cu_seqlens_q = cu_seqlens_q->data();
+  problem.cu_seqlens_q_stride = 1;
+  problem.batch = static_cast<int>(block_table ? block_table->shape(0) : k.shape(0));
+  problem.num_heads_kv = static_cast<int>(k.shape(2));
+  problem.group_size = p.num_heads_q / static_cast<int>(k.shape(2));
+  problem.seqlen_q = ragged ? 1 : static_cast<int>(q.shape(1));
+  problem.total_q = ragged ? static_cast<int>(q.shape(0)) : 0;
+  problem.capacity = static_cast<int>(k.shape(1) * (block_table ? block_table->shape(1) : 1));
+  problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
+  problem.rows_per_item = rows;
+  problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
+  problem.mask = {window_left, window_right};
+  p.layout = {num_units, items_per_team, team_size, num_units, slack_tiles};
+  p.is_clustered = clustered;
+  p.is_uniform = !cache_seqlens && !ragged;
+  if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);
+
+  const int64_t heads = p.num_heads_q;
+  p.q = q.data();
+  p.q_head_stride = p.head_dim;
+  p.q_seq_stride = heads * p.head_dim;
+  p.q_batch_stride = ragged ? 0 : problem.seqlen_q * p.q_seq_stride;
+  p.q_dim_stride = 1;
+  p.k = k.data();
+  p.k_head_stride = p.head_dim;
+  p.k_seq_stride = problem.num_heads_kv * p.k_head_stride;
+  p.k_batch_stride = k.shape(1) * p.k_seq_stride;
+  p.v = v.data();
+  p.v_head_stride = p.head_dim_v;
+  p.v_seq_stride = problem.num_heads_kv * p.v_head_stride;
+  p.v_batch_stride = v.shape(1) * p.v_seq_stride;
+  if (block_table) {
+    p.block_table = block_table->data();
+    p.block_table_batch_stride = block_table->shape(1);
+    p.block_table_page_stride = 1;
+    p.num_pages = static_cast<int>(k.shape(0));
+    p.page_size = static_cast<int>(k.shape(1));
+  }
+  const int64_t query_rows = ragged ? problem.total_q : int64_t{problem.batch} * problem.seqlen_q;
+  py::array_t<uint16_t> out({query_rows, heads, int64_t{p.head_dim_v}});
+  py::array_t<float> lse({query_rows, heads});
+  std::fill_n(out.mutable_data(), out.size(), 0x7e01);
+  p.out = out.mutable_data();
+  p.out_head_stride = p.head_dim_v;
+  p.out_seq_stride = heads * p.head_dim_v;
+  p.out_batch_stride = ragged ? 0 : problem.seqlen_q * p.out_seq_stride;
+  p.lse = lse.mutable_data();
+  p.lse_head_stride = 1;
+  p.lse_seq_stride = heads;
+  p.lse_batch_stride = ragged ? 0 : problem.seqlen_q * heads;
+  p.softmax_scale = scale;
+
+  p.batch_invariant = batch_invariant;
+  const int tiles = ceil_div(problem.capacity, 1 << problem.tile_tokens_log2);
+  p.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
+  const int64_t partial_rows = int64_t{num_units} * 2 * p.max_nodes * rows;
+  const int padded = padded_head_dim(std::max(p.head_dim, p.head_dim_v));
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> partial_o(partial_rows * p.head_dim_v, nan), stats(partial_rows * 2, nan);
+  std::vector<SoftmaxState<4>> fold(partial_rows / 4 * padded / 4 + 1);
+  p.partial_o = partial_o.data();
+  p.partial_stats = stats.data();
+  p.fold_states = fold.data();
+  const int64_t items = int64_t{problem.batch} * problem.num_heads_kv * problem.row_blocks;
+  p.counter_per_item = !ragged && items <= num_units;
+  std::vector<int32_t> counters(num_units);
+  p.counters = counters.data();
+
+  TensorMaps maps{};
+  if (tma) {
+    int box_log2 = problem.tile_tokens_log2;
+    if (block_table) box_log2 = std::min(box_log2, std::countr_zero<unsigned>(k.shape(1)));
+    if (box_log2 < kMinBoxRowsLog2) throw std::invalid_argument("no TMA for these pages");
+    maps.usable = true;
+    maps.tile_box_rows_log2 = box_log2;
+    maps.rows_box_rows_log2 = std::min(box_log2, kBoxRowsLog2);
+    const auto make = [&](const Bits& cache, int dim, CacheMaps& of) {
+      const int sizes[3] = {static_cast<int>(cache.shape(1)), problem.num_heads_kv,
+                            static_cast<int>(cache.shape(0))};
+      of.tile =
+          make_map(cache.data(), dim, sizes[0], sizes[1], sizes[2], 1 << maps.tile_box_rows_log2);
+      of.rows =
+          make_map(cache.data(), dim, sizes[0], sizes[1], sizes[2], 1 << maps.rows_box_rows_log2);
+    };
+    make(k, p.head_dim, maps.k);
+    make(v, p.head_dim_v, maps.v);
+  }
+  const int fold_levels = batch_invariant ? 1 : 0;
+  const auto run = [&]<int kHeadDim, int kRows>() {
+    launch<DecodeTraits<__half, kHeadDim, kRows>>(p, maps, stages, fold_levels, seed);
+  };
+  if (padded == 64 && rows == 8) {
+    run.template operator()<64, 8>();
+  } else if (padded == 64 && rows == 16) {
+    run.template operator()<64, 16>();
+  } else if (padded == 128 && rows == 32) {
+    run.template operator()<128, 32>();
+  } else if (padded == 256 && rows == 8) {
+    run.template operator()<256, 8>();
+  } else {
+    throw std::invalid_argument("not among the kernels that are compiled for the emulator");
+  }
+  for (const int32_t counter : counters) {
+    if (counter != 0) throw std::logic_error("a counter is left at " + std::to_string(counter));
+  }
+  return py::make_tuple(out, lse);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulated_kernel, m) {
+  m.def("decode", &decode, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("cache_seqlens"), py::arg("block_table"), py::arg("cu_seqlens_q"),
+        py::arg("window_left"), py::arg("window_right"), py::arg("scale"), py::arg("rows"),
+        py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"), py::arg("clustered"),
+        py::arg("slack_tiles"), py::arg("batch_invariant"), py::arg("tma"), py::arg("stages"),
+        py::arg("seed"));
+}

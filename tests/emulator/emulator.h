@@ -1,0 +1,253 @@
+// Runs CTAs on a CPU, thread by thread, to test the kernel's logic where there is no GPU: every
+// thread is a fiber, and a fiber that waits lets others run. Copies in flight land late and at random
+// times. If nobody can go on, that is a hang, and run() says who waits for what.
+//
+// What it cannot show: memory ordering (a fiber is never interrupted), speed, what PTX really does.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Cta;
+
+struct Warp {
+  int arrived[2] = {0, 0};   // lanes at an exchange, counted on; even and odd ones
+  uint8_t slots[2][32][64];  // what each lane brought
+  const char* names[2][32];
+};
+
+struct Barrier {
+  int arrived = 0;
+  int generation = 0;
+  bool any = false;  // __syncthreads_or: of this generation
+  bool last_any = false;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Cta* cta;
+  int thread;
+  int exchanges = 0;
+  std::function<bool()> ready;  // empty: runnable
+  const char* waits_for = "";
+  bool done = false;
+  // cp.async: copies issued and landed, and how many were issued at each commit
+  int issued = 0, landed = 0;
+  std::vector<int> commits;
+};
+
+struct Cluster;
+
+struct Cta {
+  Cluster* cluster;
+  int rank;  // in the cluster
+  int block;
+  std::vector<uint8_t> memory;
+  uint8_t* smem;  // 1024-byte aligned
+  std::vector<Warp> warps;
+  std::array<Barrier, 16> barriers;
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Cta>> ctas;
+  int threads = 0;  // of all CTAs
+  int arrived = 0;
+  int exited = 0;
+  int generation = 0;
+
+  void check() {
+    if (arrived > 0 && arrived + exited == threads) {
+      arrived = 0;
+      ++generation;
+    }
+  }
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::deque<std::function<void()>> in_flight;  // copies that land in this order
+  Fiber* current = nullptr;
+  ucontext_t scheduler;
+  std::mt19937 random{1};
+  int grid = 0;
+  int threads = 0;  // a CTA
+  std::function<void()> body;
+};
+
+inline Machine*& machine() {
+  static Machine* machine = nullptr;
+  return machine;
+}
+inline Fiber& fiber() { return *machine()->current; }
+inline Cta& cta() { return *fiber().cta; }
+
+inline void yield_until(const char* what, std::function<bool()> ready) {
+  if (ready()) return;
+  Fiber& self = fiber();
+  self.ready = std::move(ready);
+  self.waits_for = what;
+  swapcontext(&self.context, &machine()->scheduler);
+}
+
+// Every lane of the warp brings something and then sees what all brought.
+template <class T>
+std::array<T, 32> exchange(const char* name, const T& mine) {
+  static_assert(sizeof(T) <= 64);
+  Fiber& self = fiber();
+  Warp& warp = cta().warps[self.thread / 32];
+  const int parity = self.exchanges % 2;
+  const int wanted = 32 * (self.exchanges / 2 + 1);
+  ++self.exchanges;
+  std::memcpy(warp.slots[parity][self.thread % 32], &mine, sizeof(T));
+  warp.names[parity][self.thread % 32] = name;
+  ++warp.arrived[parity];
+  yield_until(name, [&warp, parity, wanted] { return warp.arrived[parity] >= wanted; });
+  std::array<T, 32> all;
+  for (int lane = 0; lane < 32; ++lane) {
+    if (std::strcmp(warp.names[parity][lane], name) != 0) {
+      throw std::logic_error(std::string("a warp has diverged: ") + name + " and " +
+                             warp.names[parity][lane]);
+    }
+    std::memcpy(&all[lane], warp.slots[parity][lane], sizeof(T));
+  }
+  return all;
+}
+
+inline void arrive(Barrier& barrier, int threads) {
+  if (++barrier.arrived < threads) return;
+  barrier.arrived = 0;
+  barrier.last_any = barrier.any;
+  barrier.any = false;
+  ++barrier.generation;
+}
+
+inline void sync(int index, int threads) {
+  Barrier& barrier = cta().barriers.at(index);
+  const int generation = barrier.generation;
+  arrive(barrier, threads);
+  yield_until(index == 0   ? "__syncthreads"
+              : index == 1 ? "barrier 1"
+                           : "another barrier",
+              [&barrier, generation] { return barrier.generation != generation; });
+}
+
+// Lands some time later.
+inline void copy_later(std::function<void()> copy) {
+  machine()->in_flight.push_back(std::move(copy));
+}
+
+inline void fiber_main() {
+  machine()->body();
+  Fiber& self = fiber();
+  self.done = true;
+  ++self.cta->cluster->exited;
+  self.cta->cluster->check();
+  swapcontext(&self.context, &machine()->scheduler);
+}
+
+// Runs `body` on every thread of a grid, cluster after cluster; the CTAs of one run side by side.
+inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, int seed,
+                const std::function<void()>& body) {
+  for (int first = 0; first < grid; first += cluster_size) {
+    Machine m;
+    machine() = &m;
+    m.random.seed(seed + first);
+    m.grid = grid;
+    m.threads = threads;
+    m.body = body;
+    Cluster cluster;
+    cluster.threads = cluster_size * threads;
+    for (int rank = 0; rank < cluster_size; ++rank) {
+      auto cta = std::make_unique<Cta>();
+      cta->cluster = &cluster;
+      cta->rank = rank;
+      cta->block = first + rank;
+      // What was there before is anything: NaN as fp16, bf16 and fp32.
+      cta->memory.assign(shared_bytes + 1024, 0xff);
+      cta->smem =
+          cta->memory.data() + 1024 - reinterpret_cast<uintptr_t>(cta->memory.data()) % 1024;
+      cta->warps.resize(threads / 32);
+      for (int thread = 0; thread < threads; ++thread) {
+        constexpr size_t kStackBytes = 65536;
+        auto f = std::make_unique<Fiber>();
+        f->stack = std::unique_ptr<char[]>(new char[kStackBytes]);
+        f->cta = cta.get();
+        f->thread = thread;
+        getcontext(&f->context);
+        f->context.uc_stack.ss_sp = f->stack.get();
+        f->context.uc_stack.ss_size = kStackBytes;
+        makecontext(&f->context, fiber_main, 0);
+        m.fibers.push_back(std::move(f));
+      }
+      cluster.ctas.push_back(std::move(cta));
+    }
+    int left = cluster_size * threads;
+    // Warps take turns in random order, so that no order of them is relied upon.
+    std::vector<int> order(cluster_size * threads / 32);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    while (left > 0) {
+      bool went_on = false;
+      std::shuffle(order.begin(), order.end(), m.random);
+      for (const int warp : order) {
+        if (!m.in_flight.empty() && m.random() % 4 == 0) {
+          m.in_flight.front()();
+          m.in_flight.pop_front();
+          went_on = true;
+        }
+        bool warp_went_on = true;
+        while (warp_went_on) {  // as far as this warp gets
+          warp_went_on = false;
+          for (int lane = 0; lane < 32; ++lane) {
+            Fiber& f = *m.fibers[warp * 32 + lane];
+            if (f.done || (f.ready && !f.ready())) continue;
+            f.ready = nullptr;
+            m.current = &f;
+            swapcontext(&m.scheduler, &f.context);
+            left -= f.done;
+            warp_went_on = went_on = true;
+          }
+        }
+      }
+      if (!went_on && m.in_flight.empty()) {
+        std::string message = "hang:";
+        for (size_t i = 0; i < m.fibers.size(); i += 32) {
+          const Fiber& f = *m.fibers[i];
+          message += " CTA " + std::to_string(f.cta->block) + " warp " +
+                     std::to_string(f.thread / 32) +
+                     (f.done ? " done" : std::string(" waits for ") + f.waits_for) + ";";
+        }
+        throw std::logic_error(message);
+      }
+      if (!went_on) {
+        m.in_flight.front()();
+        m.in_flight.pop_front();
+      }
+    }
+    while (!m.in_flight.empty()) throw std::logic_error("a CTA left with copies in flight");
+  }
+  machine() = nullptr;
+}
+
+struct Index {
+  unsigned x;
+};
+
+}  // namespace emulator
+
+#define threadIdx (emulator::Index{static_cast<unsigned>(emulator::fiber().thread)})
+#define blockIdx (emulator::Index{static_cast<unsigned>(emulator::cta().block)})
+#define gridDim (emulator::Index{static_cast<unsigned>(emulator::machine()->grid)})

@@ -1,0 +1,41 @@
+// cp.async, emulated.
+#pragma once
+
+#include "emulator.h"
+
+namespace cute {
+
+inline void cp_async(void* to, const void* from, size_t bytes, bool inside) {
+  emulator::Fiber& self = emulator::fiber();
+  ++self.issued;
+  emulator::copy_later([to, from, bytes, inside, &self] {
+    if (inside) {
+      std::memcpy(to, from, bytes);
+    } else {
+      std::memset(to, 0, bytes);
+    }
+    ++self.landed;
+  });
+}
+
+template <class T>
+struct SM80_CP_ASYNC_CACHEGLOBAL_ZFILL {
+  static void copy(const T& from, T& to, bool inside) { cp_async(&to, &from, sizeof(T), inside); }
+};
+
+template <class T>
+struct SM80_CP_ASYNC_CACHEALWAYS {
+  static void copy(const T& from, T& to) { cp_async(&to, &from, sizeof(T), true); }
+};
+
+inline void cp_async_fence() { emulator::fiber().commits.push_back(emulator::fiber().issued); }
+
+template <int n>
+void cp_async_wait() {
+  emulator::Fiber& self = emulator::fiber();
+  if (static_cast<int>(self.commits.size()) <= n) return;
+  const int wanted = self.commits[self.commits.size() - 1 - n];
+  emulator::yield_until("cp.async", [&self, wanted] { return self.landed >= wanted; });
+}
+
+}  // namespace cute

@@ -1,0 +1,57 @@
+// Bulk tensor copies, emulated: boxes of [rows, 64] 16-bit elements with the 128-byte swizzle.
+#pragma once
+
+#include <cuda.h>
+
+#include "emulated_ptx.h"
+
+namespace emulator {
+
+// In the place of a CUtensorMap.
+struct TensorMap {
+  const uint16_t* data;
+  int64_t extent[4];  // innermost first
+  int64_t stride[4];  // elements
+  int box_rows;
+};
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
+
+}  // namespace emulator
+
+namespace cute {
+
+namespace TMA {
+enum class CacheHintSm90 : uint64_t { EVICT_NORMAL };
+}
+
+inline void prefetch_tma_descriptor(const CUtensorMap*) {}
+
+struct SM90_TMA_LOAD_4D {
+  static void copy(const void* map_pointer, uint64_t* barrier, uint64_t, void* to, int c0, int c1,
+                   int c2, int c3) {
+    const auto& map = *static_cast<const emulator::TensorMap*>(map_pointer);
+    uint8_t* smem = emulator::cta().smem;
+    emulator::copy_later([&map, barrier, to, c0, c1, c2, c3, smem] {
+      uint8_t* box = static_cast<uint8_t*>(to);
+      for (int row = 0; row < map.box_rows; ++row) {
+        for (int column = 0; column < 64; ++column) {
+          const int64_t at[4] = {c0 + column, c1 + row, c2, c3};
+          bool inside = true;
+          int64_t offset = 0;
+          for (int i = 0; i < 4; ++i) {
+            inside &= 0 <= at[i] && at[i] < map.extent[i];
+            offset += at[i] * map.stride[i];
+          }
+          const uint16_t value = inside ? map.data[offset] : 0;
+          const int swizzle = (box + row * 128 - smem) / 128 % 8;
+          std::memcpy(box + row * 128 + ((column / 8) ^ swizzle) * 16 + column % 8 * 2, &value, 2);
+        }
+      }
+      auto& state = leanattn::ptx::mbarrier(barrier);
+      state.bytes -= map.box_rows * 128;
+      state.check();
+    });
+  }
+};
+
+}  // namespace cute

@@ -1,0 +1,137 @@
+"""The CUDA kernel's logic, thread by thread on a CPU; emulator/emulator.h says what this can show.
+
+Every run checks that no warp diverges at a collective, that nobody waits for ever, that counters
+end at zero and that no copy is in flight at the end; copies land late, and warps run in random
+order.
+"""
+
+import pytest
+import torch
+from cases import make_case
+from paging import paginate
+from reference import assert_close, assert_same_bits
+
+LAYOUTS = {  # units, items a team takes, units a team, cluster
+    "stream-k-1": (1, 0, 1, False),
+    "stream-k-3": (3, 0, 1, False),
+    "stream-k-13": (13, 0, 1, False),
+    "stream-k-100": (100, 0, 1, False),
+    "whole-items": (None, 1, 1, False),
+    "three-items": (None, 3, 1, False),
+    "teams-of-3": (None, 1, 3, False),
+    "clusters-of-2": (None, 1, 2, True),
+    "clusters-of-5": (None, 1, 5, True),
+}
+CASES = {
+    "ragged": (8, dict(lengths=(300, 5, 0, 700))),
+    "uniform": (8, dict(lengths=None, batch=3, capacity=500)),
+    "one-sequence": (8, dict(lengths=(900,))),
+    "window": (8, dict(lengths=(900, 100), window_left=300, seqlen_q=2)),
+    "more-queries-than-keys": (8, dict(lengths=(3, 300), seqlen_q=9)),
+    "two-row-blocks-of-16": (16, dict(lengths=(300, 200), heads=(40, 2))),
+    "32-rows": (32, dict(lengths=(300, 200), heads=(40, 2), dims=(128, 104))),
+    "head-dim-192": (8, dict(lengths=(300, 90), dims=(192, 256))),
+}
+PAGE_SIZES = [1, 3, 8, 24, 64, 100, 256]
+
+
+@pytest.fixture
+def emulate(emulated_kernel):
+    """A function that runs a case and returns (out, lse)."""
+
+    def bits(tensor):
+        return tensor.contiguous().view(torch.uint16).numpy()
+
+    def emulate(case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20):
+        q = case["q"]
+        num_units, items_per_team, team_size, clustered = layout
+        if num_units is None:
+            table = case.get("block_table", case["k_cache"])
+            group_size = q.shape[-2] // case["k_cache"].shape[2]
+            queries = q.shape[1] if q.dim() == 4 else 1
+            blocks = -(-queries * group_size // rows)
+            items = table.shape[0] * case["k_cache"].shape[2] * blocks
+            num_units = -(-items // items_per_team) * team_size
+        arrays = {
+            name: case[name].numpy() if name in case else None
+            for name in ("cache_seqlens", "block_table", "cu_seqlens_q")
+        }
+        out, lse = emulated_kernel.decode(
+            q=bits(q), k=bits(case["k_cache"]), v=bits(case["v_cache"]), **arrays,
+            window_left=case.get("window_left", -1), window_right=0, scale=q.shape[-1] ** -0.5,
+            rows=rows, num_units=num_units, items_per_team=items_per_team, team_size=team_size,
+            clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, seed=seed,
+            batch_invariant=case.get("batch_invariant", False),
+        )  # fmt: skip
+        out = torch.from_numpy(out).view(torch.float16).view(*q.shape[:-1], -1)
+        return out, torch.from_numpy(lse).view(q.shape[:-1])
+
+    return emulate
+
+
+def hold(result, case):
+    assert_close(*result, **{k: v for k, v in case.items() if k != "batch_invariant"})
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+def test_layout(name, layout, tma, emulate):
+    rows, options = CASES[name]
+    case = make_case("cpu", torch.float16, **options)
+    hold(emulate(case, rows, LAYOUTS[layout], tma=tma), case)
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])
+@pytest.mark.parametrize("units", [1, 3, 13])
+def test_ragged_queries(units, tma, emulate):
+    case = make_case("cpu", torch.float16, lengths=(640, 129, 77), query_lengths=(3, 0, 5))
+    hold(emulate(case, 8, (units, 0, 1, False), tma=tma), case)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_teams_fall_back_on_stream_k(clustered, emulate):
+    """Lengths that differ: the device takes equal shares of the line."""
+    case = make_case("cpu", torch.float16, lengths=(1500, 10, 300))
+    layout = (12, 1, 2, clustered)
+    results = [emulate(case, 8, layout, slack_tiles=slack) for slack in (0, 1 << 20)]
+    for result in results:
+        hold(result, case)
+    stream_k = emulate(case, 8, (12, 0, 1, False))
+    assert_same_bits(results[0][0], stream_k[0])
+
+
+@pytest.mark.parametrize("stages", [2, 3, 8])
+def test_any_ring_and_any_order_give_the_same_bits(stages, emulate):
+    case = make_case("cpu", torch.float16, lengths=(700, 300))
+    expected = emulate(case, 8, (5, 0, 1, False))
+    for seed in range(3):
+        out, lse = emulate(case, 8, (5, 0, 1, False), stages=stages, seed=100 * seed)
+        assert_same_bits(out, expected[0])
+        assert_same_bits(lse, expected[1])
+
+
+@pytest.mark.parametrize("layout", ["stream-k-13", "whole-items", "teams-of-3", "clusters-of-2"])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_pages(page_size, layout, emulate):
+    case = make_case("cpu", torch.float16, lengths=(300, 5, 0, 450))
+    paged = paginate(case, page_size)
+    for tma in {False, page_size % 8 == 0}:
+        hold(emulate(paged, 8, LAYOUTS[layout], tma=tma), case)
+
+
+@pytest.mark.parametrize("group_size, rows, dim", [(1, 8, 64), (12, 16, 64), (3, 8, 256)])
+def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim, emulate):
+    for options in (dict(lengths=None, batch=1, capacity=1100), dict(lengths=(900, 133))):
+        case = make_case(
+            "cpu", torch.float16, heads=(2 * group_size, 2), dims=(dim, dim), scale_q=2.0,
+            batch_invariant=True, **options,
+        )  # fmt: skip
+        results = [
+            emulate(case, rows, LAYOUTS[layout], tma=layout != "stream-k-3")
+            for layout in ("stream-k-1", "stream-k-3", "stream-k-13", "whole-items", "teams-of-3")
+        ]
+        hold(results[0], case)
+        for out, lse in results[1:]:
+            assert_same_bits(out, results[0][0])
+            assert_same_bits(lse, results[0][1])
