@@ -15,6 +15,7 @@
 #include "cost_model.h"
 #include "cpu/decode_cpu.h"
 #include "params.h"
+#include "torch_parallel_for.h"
 #include "tree_fold.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
@@ -469,11 +470,7 @@ void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
   p.layout = stream_k_layout(check, p.problem, static_cast<int>(torch::stable::get_num_threads()));
   const Workspace workspace = make_workspace(check, a, p);
   check_values(check, p, a.max_seqlen_q);
-  decode_cpu(p, [](int64_t n, const std::function<void(int64_t)>& body) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i);
-    });
-  });
+  decode_cpu(p, torch_parallel_for(1));
 }
 
 #ifdef LEANATTN_WITH_CUDA
