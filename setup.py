@@ -156,8 +156,8 @@ def make_extension(cuda_home, targets):
 
     if cuda_home:
         nvcc += [f"-gencode=arch=compute_{t.split('_')[1]},code={t}" for t in targets]
-        # A CPU-only torch has ninja forget which headers a .cu file includes: with their hash in the
-        # command, an old object is not taken for a new one.
+        # A CPU-only torch has ninja forget which headers a .cu file includes: with their hash in
+        # the command, an old object is not taken for a new one.
         nvcc.append(f"-DLEANATTN_HEADERS=0x{hash_headers()}")
         # torch turns these off for the sake of its own headers.
         kinds = ["HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS"]

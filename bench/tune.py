@@ -1,6 +1,6 @@
 """Checks the choices that a launch makes: what was chosen beside every other choice, forced.
 
-    python -m bench.tune --set gqa --knob LEANATTN_NUM_UNITS
+    python -m bench.tune --set gqa --knob LEANATTN_LAYOUT
 
 For each shape the time with nothing forced, with each combination of the knobs' values, and the
 loss, by how much what was chosen is slower than the best of all.
@@ -22,6 +22,11 @@ from bench.shapes import SETS, shapes_of
 # Environment variables that force a choice, with the values to try; a new knob is a line here.
 KNOBS = {
     "LEANATTN_NUM_UNITS": ("132", "128", "120", "112", "96", "80", "66", "64", "48", "32"),
+    "LEANATTN_LAYOUT": (
+        "stream_k",
+        *(f"teams:{n}" for n in (1, 2, 4, 8, 16)),
+        *(f"clusters:{n}" for n in range(2, 9)),
+    ),
     "LEANATTN_LOADER": ("tma", "cp_async"),
 }
 ALLOWED_LOSS = 0.03
@@ -68,13 +73,13 @@ def _parse(arguments):
     parser.add_argument("--shape", metavar="TEXT", help="only shapes whose name contains this")
     parser.add_argument(
         "--knob", action="append", choices=KNOBS, dest="knobs",
-        help="what to force; of several every combination; default: LEANATTN_NUM_UNITS",
+        help="what to force; of several every combination; default: LEANATTN_LAYOUT",
     )  # fmt: skip
     parser.add_argument("--memory", type=float, default=48, metavar="GIB", help="default: 48")
     parser.add_argument("--commit", help="where there is no git")
     options = parser.parse_args(arguments)
     options.sets = options.sets or ["versions"]
-    options.knobs = options.knobs or ["LEANATTN_NUM_UNITS"]
+    options.knobs = options.knobs or ["LEANATTN_LAYOUT"]
     return options
 
 
