@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <random>
@@ -86,6 +87,7 @@ struct Machine {
   int grid = 0;
   int threads = 0;  // a CTA
   std::function<void()> body;
+  std::exception_ptr error;  // what a thread threw
 };
 
 inline Machine*& machine() {
@@ -151,7 +153,11 @@ inline void copy_later(std::function<void()> copy) {
 }
 
 inline void fiber_main() {
-  machine()->body();
+  try {
+    machine()->body();
+  } catch (...) {
+    machine()->error = std::current_exception();  // it must not leave the fiber
+  }
   Fiber& self = fiber();
   self.done = true;
   ++self.cta->cluster->exited;
@@ -217,6 +223,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
             f.ready = nullptr;
             m.current = &f;
             swapcontext(&m.scheduler, &f.context);
+            if (m.error) std::rethrow_exception(m.error);
             left -= f.done;
             warp_went_on = went_on = true;
           }
@@ -237,7 +244,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
         m.in_flight.pop_front();
       }
     }
-    while (!m.in_flight.empty()) throw std::logic_error("a CTA left with copies in flight");
+    if (!m.in_flight.empty()) throw std::logic_error("a CTA left with copies in flight");
   }
   machine() = nullptr;
 }
