@@ -174,10 +174,12 @@ def schedule(
     num_units=132,
     rows_per_item=None,
 ):
-    """The schedule that `decode` would make for these lengths, as a `Schedule`.
+    """The stream-K schedule that `decode` would make for these lengths, as a `Schedule`.
 
     Stream-K (arXiv 2301.03598) over the KV tiles of a batch, as LeanAttention (arXiv 2405.10480)
-    has it. For tests, tools and pictures: `decode` needs no call of this.
+    has it. Where items are alike the CUDA kernels may keep them whole or share them out within
+    clusters instead (csrc/cost_model.h). For tests, tools and pictures: `decode` needs no call of
+    this.
 
     Args:
         cache_seqlens: tokens of each sequence: numbers, or an int32 tensor `[B]` of any device

@@ -5,6 +5,8 @@ end at zero and that no copy is in flight at the end; copies land late, and warp
 order.
 """
 
+from random import Random
+
 import pytest
 import torch
 from cases import make_case
@@ -135,3 +137,54 @@ def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim
         for out, lse in results[1:]:
             assert_same_bits(out, results[0][0])
             assert_same_bits(lse, results[0][1])
+
+
+def random_call(seed):
+    """(case, call, rows, layout, other arguments): any shape, length, layout, loader and ring."""
+    random = Random(seed)
+    rows, dims = random.choice(
+        [(8, (64, 64)), (8, (40, 16)), (16, (64, 64)), (8, (136, 256)), (32, (72, 128))]
+    )
+    heads_kv, group_size = random.choice([1, 2, 3]), random.choice([1, 2, 3, 7, 8, 12, 20])
+    batch = random.choice([1, 1, 2, 3, 6])
+    options = dict(heads=(group_size * heads_kv, heads_kv), dims=dims, seed=seed, seqlen_q=1)
+    ragged_queries = random.random() < 0.15
+    if ragged_queries:
+        options["query_lengths"] = tuple(random.choice([1, 0, 2, 5]) for _ in range(batch - 1))
+        options["query_lengths"] += (2,)
+    else:
+        options["seqlen_q"] = random.choice([1, 1, 1, 2, 5, 9])
+    lengths = tuple(random.choice([0, 1, 5, 64, 127, 128, 129, 300, 512]) for _ in range(batch))
+    if not ragged_queries and random.random() < 0.25:
+        options.update(lengths=None, batch=batch, capacity=random.choice([1, 128, 300, 640]))
+    else:
+        options["lengths"] = lengths
+    if random.random() < 0.3:
+        options["window_left"] = random.choice([0, 1, 50, 200])
+    case = make_case("cpu", torch.float16, **options)
+    call = dict(case)
+    page_size = random.choice([1, 3, 8, 24, 64, 128, 256])
+    if options["lengths"] and max(lengths) > 0 and random.random() < 0.4:
+        call = paginate(case, page_size)
+    call["batch_invariant"] = rows <= 16 and random.random() < 0.3
+    kinds = ["stream-k"] if ragged_queries else ["stream-k", "whole", "teams", "clusters"]
+    kind = random.choice(kinds[:3] if call["batch_invariant"] else kinds)
+    if kind == "stream-k":
+        layout = (random.choice([1, 2, 3, 5, 8, 17]), 0, 1, False)
+    elif kind == "whole":
+        layout = (None, random.choice([1, 2, 3, 5]), 1, False)
+    else:
+        layout = (None, 1, random.choice([2, 3, 4]), kind == "clusters")
+    more = dict(
+        tma=("block_table" not in call or page_size % 8 == 0) and random.random() < 0.6,
+        stages=random.choice([2, 3, 5]) if max(dims) <= 64 else 3,
+        slack_tiles=random.choice([0, 1 << 20]),
+        seed=seed,
+    )
+    return case, call, rows, layout, more
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_calls(seed, emulate):
+    case, call, rows, layout, more = random_call(seed)
+    hold(emulate(call, rows, layout, **more), case)
