@@ -98,8 +98,8 @@ def headers(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def emulated_kernel(request, tmp_path_factory):
-    """The CUDA kernel on an emulator, as a Python module; see emulator/emulator.h."""
+def load_emulated(request, tmp_path_factory):
+    """A function that gives a module with CUDA kernels on an emulator: see emulator/emulator.h."""
     nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
     if not nvcc.is_file():
         pytest.skip("needs CUDA's headers")
@@ -107,7 +107,12 @@ def emulated_kernel(request, tmp_path_factory):
     command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
     plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
     includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
-    return load(
-        request, tmp_path_factory, "emulator/emulated_kernel.cpp", "-DLEANATTN_EMULATED_ARCH=900",
-        f"-I{Path(__file__).parent / 'emulator' / 'include'}", *includes,
-    )  # fmt: skip
+    folder = Path(__file__).parent / "emulator"
+    options = ["-DLEANATTN_EMULATED_ARCH=900", f"-I{folder / 'include'}", *includes]
+    return lambda name: load(request, tmp_path_factory, folder / f"{name}.cpp", *options)
+
+
+@pytest.fixture(scope="session")
+def emulated_kernel(load_emulated):
+    """The decode kernel."""
+    return load_emulated("emulated_kernel")

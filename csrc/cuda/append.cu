@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "kernel/vector.h"
-#include "launch.h"
+#include "launch_grid.h"
 
 namespace leanattn {
 namespace {
@@ -268,8 +268,8 @@ void launch(const AppendParams& p, cudaStream_t stream) {
   const int64_t wanted = max_of(chunks.q + chunks.k + chunks.v, p.cu_seqlens ? p.batch : 0);
   const int threads =
       static_cast<int>(min_of<int64_t>(ceil_div<int64_t>(wanted, 32) * 32, kMaxThreads));
-  append_kernel<Element, Cache, kWidth><<<p.num_tokens, threads, 0, stream>>>(p, chunks);
-  check_cuda(cudaGetLastError(), "append_kernel");
+  launch_grid("append_kernel", append_kernel<Element, Cache, kWidth>, p.num_tokens, threads, stream,
+              p, chunks);
 }
 
 template <class Element, class Cache>
@@ -283,11 +283,8 @@ struct Launch {
   }
 
   static void load() {
-    cudaFuncAttributes attributes;
-    check_cuda(cudaFuncGetAttributes(&attributes, append_kernel<Element, Cache, kVectorWidth>),
-               "cudaFuncGetAttributes");
-    check_cuda(cudaFuncGetAttributes(&attributes, append_kernel<Element, Cache, 1>),
-               "cudaFuncGetAttributes");
+    load_kernel(append_kernel<Element, Cache, kVectorWidth>);
+    load_kernel(append_kernel<Element, Cache, 1>);
   }
 };
 

@@ -3,7 +3,7 @@
 #include "merge.h"
 
 #include "kernel/vector.h"
-#include "launch.h"
+#include "launch_grid.h"
 
 namespace leanattn {
 namespace {
@@ -58,9 +58,8 @@ void launch(const MergeParams& p, cudaStream_t stream) {
   int threads_per_row = 1;
   while (threads_per_row < kThreads && threads_per_row * kWidth < p.head_dim) threads_per_row *= 2;
   const int64_t grid = ceil_div<int64_t>(p.num_rows, kThreads / threads_per_row);
-  merge_kernel<Element, kWidth>
-      <<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(p, threads_per_row);
-  check_cuda(cudaGetLastError(), "merge_kernel");
+  launch_grid("merge_kernel", merge_kernel<Element, kWidth>, grid, kThreads, stream, p,
+              threads_per_row);
 }
 
 template <class Element>
@@ -71,10 +70,8 @@ void launch_widest(const MergeParams& p, cudaStream_t stream) {
 
 template <class Element>
 void load_kernels() {
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, merge_kernel<Element, 16 / sizeof(Element)>),
-             "cudaFuncGetAttributes");
-  check_cuda(cudaFuncGetAttributes(&attributes, merge_kernel<Element, 1>), "cudaFuncGetAttributes");
+  load_kernel(merge_kernel<Element, 16 / sizeof(Element)>);
+  load_kernel(merge_kernel<Element, 1>);
 }
 
 }  // namespace

@@ -14,51 +14,7 @@
 
 #include "emulator.h"
 
-#undef __launch_bounds__
-#define __launch_bounds__(...)
-#undef __grid_constant__
-#define __grid_constant__
-
-// The CUDA functions that the kernel uses and g++ does not know.
-template <class T>
-T __shfl_xor_sync(unsigned, T value, int lanes) {
-  return emulator::exchange("shfl.xor", value)[(threadIdx.x % 32) ^ lanes];
-}
-template <class T>
-T __shfl_up_sync(unsigned, T value, int distance) {
-  const int lane = threadIdx.x % 32;
-  return emulator::exchange("shfl.up", value)[lane >= distance ? lane - distance : lane];
-}
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulator::exchange("shfl", value)[lane];
-}
-inline bool __any_sync(unsigned, bool value) {
-  const auto all = emulator::exchange("vote.any", value);
-  return std::any_of(all.begin(), all.end(), [](bool x) { return x; });
-}
-inline void __syncwarp() { emulator::exchange("syncwarp", 0); }
-inline void __syncthreads() { emulator::sync(0, emulator::machine()->threads); }
-inline int __syncthreads_or(int value) {
-  emulator::Barrier& barrier = emulator::cta().barriers[0];
-  barrier.any |= value != 0;
-  __syncthreads();
-  return barrier.last_any;
-}
-inline void __threadfence() {}
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  const unsigned old = *address;
-  *address = old >= last ? 0 : old + 1;
-  return old;
-}
-template <class T>
-T __ldcg(const T* address) {
-  return *address;
-}
-template <class T>
-void __stcg(T* address, T value) {
-  *address = value;
-}
+#include "cuda_functions.h"
 
 #include "cuda/kernel/decode_kernel.h"
 #include "schedule_host.h"

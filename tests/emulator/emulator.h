@@ -257,4 +257,5 @@ struct Index {
 
 #define threadIdx (emulator::Index{static_cast<unsigned>(emulator::fiber().thread)})
 #define blockIdx (emulator::Index{static_cast<unsigned>(emulator::cta().block)})
+#define blockDim (emulator::Index{static_cast<unsigned>(emulator::machine()->threads)})
 #define gridDim (emulator::Index{static_cast<unsigned>(emulator::machine()->grid)})

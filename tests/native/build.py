@@ -20,8 +20,9 @@ def load_module(source, folder, *options):
     command += ["-fPIC", "-fvisibility=hidden", *options, f"-I{source.parent}", f"-I{CSRC}"]
     command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", str(source)]
     key = hashlib.sha256(repr((command, pybind11.__version__)).encode())
-    headers = (p for at in (source.parent, CSRC) for p in at.rglob("*") if p.suffix[:2] == ".h")
-    for path in [source, *sorted(p for p in headers if CSRC / "cutlass" not in p.parents)]:
+    kinds = (".h", ".hpp", ".cu")
+    included = (p for at in (source.parent, CSRC) for p in at.rglob("*") if p.suffix in kinds)
+    for path in [source, *sorted(p for p in included if CSRC / "cutlass" not in p.parents)]:
         key.update(path.read_bytes())
     name = source.stem
     suffix = sysconfig.get_config_var("EXT_SUFFIX")

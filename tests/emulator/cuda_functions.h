@@ -1,0 +1,72 @@
+// What CUDA's own headers say, and functions that g++ does not know. After those headers, before a
+// kernel's.
+#pragma once
+
+#include "emulator.h"
+
+// CTAs of grids without clusters run one after the other.
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+// The CUDA functions that the kernel uses and g++ does not know.
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int lanes) {
+  return emulator::exchange("shfl.xor", value)[(threadIdx.x % 32) ^ lanes];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = threadIdx.x % 32;
+  return emulator::exchange("shfl.up", value)[lane >= distance ? lane - distance : lane];
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::exchange("shfl", value)[lane];
+}
+inline bool __any_sync(unsigned, bool value) {
+  const auto all = emulator::exchange("vote.any", value);
+  return std::any_of(all.begin(), all.end(), [](bool x) { return x; });
+}
+inline void __syncwarp() { emulator::exchange("syncwarp", 0); }
+inline void __syncthreads() { emulator::sync(0, emulator::machine()->threads); }
+inline int __syncthreads_or(int value) {
+  emulator::Barrier& barrier = emulator::cta().barriers[0];
+  barrier.any |= value != 0;
+  __syncthreads();
+  return barrier.last_any;
+}
+inline int __reduce_min_sync(unsigned, int value) {
+  const auto all = emulator::exchange("redux.min", value);
+  return *std::min_element(all.begin(), all.end());
+}
+inline int __reduce_max_sync(unsigned, int value) {
+  const auto all = emulator::exchange("redux.max", value);
+  return *std::max_element(all.begin(), all.end());
+}
+inline void __threadfence() {}
+inline int atomicMin(int* address, int value) {
+  const int old = *address;
+  *address = std::min(old, value);
+  return old;
+}
+inline int atomicMax(int* address, int value) {
+  const int old = *address;
+  *address = std::max(old, value);
+  return old;
+}
+inline unsigned atomicInc(unsigned* address, unsigned last) {
+  const unsigned old = *address;
+  *address = old >= last ? 0 : old + 1;
+  return old;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, T value) {
+  *address = value;
+}
