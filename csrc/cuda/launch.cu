@@ -41,9 +41,10 @@ const DeviceLimits& device_limits(int device) {
     limits[device].shared_memory_bytes = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     limits[device].capability =
         ask(cudaDevAttrComputeCapabilityMajor) * 10 + ask(cudaDevAttrComputeCapabilityMinor);
-    // Two transfers a clock, which is in kHz.
-    limits[device].bytes_per_us =
+    // Two transfers a clock, which is in kHz; where it is not told, what an H100's SM has.
+    const double by_clock =
         2.0 * ask(cudaDevAttrMemoryClockRate) * 1e-3 * ask(cudaDevAttrGlobalMemoryBusWidth) / 8;
+    limits[device].bytes_per_us = by_clock > 0.0 ? by_clock : 25e3 * limits[device].num_sms;
   });
   return limits[device];
 }
