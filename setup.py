@@ -106,6 +106,9 @@ def find_cutlass():
 def cuda_targets():
     """What nvcc is to generate: sm_* is code for one GPU, compute_* is PTX for newer ones.
 
+    9.0 gives code of sm_90a, which runs on the same GPUs as sm_90 and may use wgmma; its PTX is of
+    compute_90, which newer GPUs take.
+
     torch reads TORCH_CUDA_ARCH_LIST too, but without it takes the GPUs that it sees, and fails
     where it sees none; it leaves everything to us once one of our flags names an architecture.
     """
@@ -118,7 +121,8 @@ def cuda_targets():
                 'or without, are allowed, as in "8.0;9.0+PTX"'
             )
         number = match[1] + match[2]
-        targets += [f"sm_{number}"] + [f"compute_{number}"] * bool(match[3])
+        code = "90a" if number == "90" else number
+        targets += [f"sm_{code}"] + [f"compute_{number}"] * bool(match[3])
     return list(dict.fromkeys(targets))
 
 

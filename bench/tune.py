@@ -28,6 +28,7 @@ KNOBS = {
         *(f"clusters:{n}" for n in range(2, 9)),
     ),
     "LEANATTN_LOADER": ("tma", "cp_async"),
+    "LEANATTN_MMA": ("wgmma", "mma"),
 }
 ALLOWED_LOSS = 0.03
 

@@ -7,7 +7,7 @@
 
 namespace leanattn {
 
-// Version and architectures: "0.1.0;sm_80,sm_90,compute_90", or "0.1.0;cpu".
+// Version and architectures: "0.1.0;sm_80,sm_90a,compute_90", or "0.1.0;cpu".
 std::string build_info();
 
 // Loads every kernel on a CUDA device.

@@ -17,6 +17,13 @@
 #define LEANATTN_ARCH 0
 #endif
 
+// Whether that architecture has wgmma: sm_90a alone.
+#if defined(LEANATTN_EMULATED_ARCH) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define LEANATTN_HAS_WGMMA 1
+#else
+#define LEANATTN_HAS_WGMMA 0
+#endif
+
 // Before a loop that runs once as a rule: unrolled copies would only be fetched for nothing.
 #if defined(__CUDA_ARCH__)
 #define LEANATTN_KEEP_ROLLED _Pragma("unroll 1")

@@ -16,7 +16,11 @@ import torch
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
 
-_ROWS_PER_ITEM = (8, 16, 32, 64)  # what the CUDA kernels exist for
+
+def _rows_per_item(rows, head_dim):
+    """What the CUDA kernels of sm_90 hold: the least that is enough, else the most there is."""
+    choices = (8, 16, 32, 64, 128) if head_dim <= 128 else (8, 16, 32, 64)
+    return next((n for n in choices if n >= rows), choices[-1])
 
 
 class Segment(NamedTuple):
@@ -194,8 +198,9 @@ def schedule(
         num_units: how many share the work: on CUDA the number of SMs (an H200 has 132), on the CPU
             `torch.get_num_threads()`.
         rows_per_item: packed query rows (queries x heads of a group) that an item holds at most;
-            default: the CUDA kernels' choice, the least of 8, 16, 32, 64 that holds a sequence's
-            rows (their average, with cu_seqlens_q), else 64. The CPU has 64.
+            default: the choice of the CUDA kernels of sm_90, the least of 8, 16, 32, 64 and, up to
+            head dim 128, 128 that holds a sequence's rows (their average, with cu_seqlens_q), else
+            the largest. The CPU and sm_80 have at most 64.
 
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed.
@@ -214,7 +219,7 @@ def schedule(
         queries = seqlen_q
         if offsets is not None and offsets.numel():
             queries = -(-max(0, int(offsets[-1])) // max(1, lengths.numel()))
-        rows_per_item = next((n for n in _ROWS_PER_ITEM if n >= queries * group_size), 64)
+        rows_per_item = _rows_per_item(queries * group_size, head_dim)
     table = torch.ops.leanattn.schedule(
         lengths, num_heads_kv, group_size, capacity, head_dim, num_units, rows_per_item, seqlen_q,
         offsets, causal, window_left, window_right,

@@ -22,6 +22,8 @@ CALLS = [
     dict(shape=(1, 9, 8, 1, 72, 136, 260), units=3, options=dict(causal=False, window_right=5)),
     dict(shape=(2, 5, 12, 1, 256, 256, 200), units=4),
     dict(shape=(1, 70, 1, 1, 96, 64, 64), units=2),
+    dict(shape=(2, 2, 20, 1, 128, 128, 400), units=5, options=dict(window_left=100)),
+    dict(shape=(1, 1, 71, 1, 64, 64, 700), units=3),
     dict(shape=(3, 1, 4, 2, 64, 64, 300), units=5, page_size=1),
     dict(shape=(3, 2, 8, 2, 128, 128, 517), units=7, page_size=16),
     dict(shape=(2, 1, 8, 2, 72, 256, 300), units=3, page_size=24, options=dict(window_left=100)),

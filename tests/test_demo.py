@@ -141,11 +141,11 @@ def test_info_on_a_gpu(device):
 @pytest.mark.parametrize(
     "targets, capability, expected",
     [
-        (["sm_80", "sm_90", "compute_90"], (8, 0), "sm_80"),
-        (["sm_80", "sm_90", "compute_90"], (8, 9), "sm_80"),
-        (["sm_80", "sm_90", "compute_90"], (9, 0), "sm_90"),
-        (["sm_80", "sm_90", "compute_90"], (12, 0), "compute_90"),
-        (["sm_80", "sm_90", "compute_90"], (7, 5), None),
+        (["sm_80", "sm_90a", "compute_90"], (8, 0), "sm_80"),
+        (["sm_80", "sm_90a", "compute_90"], (8, 9), "sm_80"),
+        (["sm_80", "sm_90a", "compute_90"], (9, 0), "sm_90a"),
+        (["sm_80", "sm_90a", "compute_90"], (12, 0), "compute_90"),
+        (["sm_80", "sm_90a", "compute_90"], (7, 5), None),
         (["compute_80"], (9, 0), "compute_80"),
         (["sm_90a"], (9, 0), "sm_90a"),
         (["sm_90a", "compute_90a"], (10, 0), None),

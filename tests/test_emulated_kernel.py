@@ -24,15 +24,21 @@ LAYOUTS = {  # units, items a team takes, units a team, cluster
     "clusters-of-2": (None, 1, 2, True),
     "clusters-of-5": (None, 1, 5, True),
 }
+# rows an item, whether by wgmma, options
 CASES = {
-    "ragged": (8, dict(lengths=(300, 5, 0, 700))),
-    "uniform": (8, dict(lengths=None, batch=3, capacity=500)),
-    "one-sequence": (8, dict(lengths=(900,))),
-    "window": (8, dict(lengths=(900, 100), window_left=300, seqlen_q=2)),
-    "more-queries-than-keys": (8, dict(lengths=(3, 300), seqlen_q=9)),
-    "two-row-blocks-of-16": (16, dict(lengths=(300, 200), heads=(40, 2))),
-    "32-rows": (32, dict(lengths=(300, 200), heads=(40, 2), dims=(128, 104))),
-    "head-dim-192": (8, dict(lengths=(300, 90), dims=(192, 256))),
+    "ragged": (8, False, dict(lengths=(300, 5, 0, 700))),
+    "uniform": (8, False, dict(lengths=None, batch=3, capacity=500)),
+    "one-sequence": (8, False, dict(lengths=(900,))),
+    "window": (8, False, dict(lengths=(900, 100), window_left=300, seqlen_q=2)),
+    "more-queries-than-keys": (8, False, dict(lengths=(3, 300), seqlen_q=9)),
+    "two-row-blocks-of-16": (16, False, dict(lengths=(300, 200), heads=(40, 2))),
+    "32-rows": (32, False, dict(lengths=(300, 200), heads=(40, 2), dims=(128, 104))),
+    "head-dim-192": (8, False, dict(lengths=(300, 90), dims=(192, 256))),
+    "wgmma-32-rows": (32, True, dict(lengths=(300, 0, 200), heads=(40, 2), dims=(104, 128))),
+    "wgmma-window": (64, True, dict(lengths=(500, 90), heads=(18, 1), seqlen_q=3, window_left=130)),
+    "wgmma-128-rows": (128, True, dict(lengths=(300, 200), heads=(71, 1))),
+    "wgmma-two-row-blocks": (64, True, dict(lengths=(300,), heads=(71, 1))),
+    "wgmma-head-dim-192": (64, True, dict(lengths=(300, 90), heads=(40, 1), dims=(256, 192))),
 }
 PAGE_SIZES = [1, 3, 8, 24, 64, 100, 256]
 
@@ -44,7 +50,9 @@ def emulate(emulated_kernel):
     def bits(tensor):
         return tensor.contiguous().view(torch.uint16).numpy()
 
-    def emulate(case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20):
+    def emulate(
+        case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False
+    ):
         q = case["q"]
         num_units, items_per_team, team_size, clustered = layout
         if num_units is None:
@@ -62,7 +70,8 @@ def emulate(emulated_kernel):
             q=bits(q), k=bits(case["k_cache"]), v=bits(case["v_cache"]), **arrays,
             window_left=case.get("window_left", -1), window_right=0, scale=q.shape[-1] ** -0.5,
             rows=rows, num_units=num_units, items_per_team=items_per_team, team_size=team_size,
-            clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, seed=seed,
+            clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
+            seed=seed,
             batch_invariant=case.get("batch_invariant", False),
         )  # fmt: skip
         out = torch.from_numpy(out).view(torch.float16).view(*q.shape[:-1], -1)
@@ -79,9 +88,32 @@ def hold(result, case):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", CASES)
 def test_layout(name, layout, tma, emulate):
-    rows, options = CASES[name]
+    rows, wgmma, options = CASES[name]
     case = make_case("cpu", torch.float16, **options)
-    hold(emulate(case, rows, LAYOUTS[layout], tma=tma), case)
+    hold(emulate(case, rows, LAYOUTS[layout], tma=tma, wgmma=wgmma), case)
+
+
+@pytest.mark.parametrize(
+    "rows, wgmma, heads, dims",
+    [
+        (8, False, (2, 2), (64, 64)),
+        (16, False, (5, 1), (64, 64)),
+        (64, True, (20, 1), (64, 64)),
+        (128, True, (35, 1), (64, 64)),
+        (32, True, (20, 2), (128, 128)),
+        (64, True, (18, 1), (256, 256)),
+    ],
+)
+@pytest.mark.parametrize("units", [1, 3])
+def test_nan_shows_only_where_it_is_seen(rows, wgmma, heads, dims, units, emulate):
+    """Values that some rows of an item see and others do not, by the edges of mask and window."""
+    options = dict(heads=heads, dims=dims, seqlen_q=3, window_left=150)
+    for lengths in [(300,), (1,), (257, 130)]:
+        case = make_case("cpu", torch.float16, lengths=lengths, **options)
+        for key in {lengths[0] - 1, max(lengths[0] - 2, 0), max(lengths[0] - 2 - 150, 0)}:
+            case["v_cache"][0, key, -1, key % dims[1]] = torch.nan
+            case["v_cache"][0, key, -1, 3] = torch.inf
+        hold(emulate(case, rows, (units, 0, 1, False), wgmma=wgmma), case)
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])
@@ -142,10 +174,22 @@ def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim
 def random_call(seed):
     """(case, call, rows, layout, other arguments): any shape, length, layout, loader and ring."""
     random = Random(seed)
-    rows, dims = random.choice(
-        [(8, (64, 64)), (8, (40, 16)), (16, (64, 64)), (8, (136, 256)), (32, (72, 128))]
+    rows, wgmma, dims = random.choice(
+        [
+            (8, False, (64, 64)),
+            (8, False, (40, 16)),
+            (16, False, (64, 64)),
+            (8, False, (136, 256)),
+            (32, False, (72, 128)),
+            (32, True, (128, 72)),
+            (64, True, (40, 64)),
+            (128, True, (64, 24)),
+            (64, True, (256, 136)),
+        ]
     )
     heads_kv, group_size = random.choice([1, 2, 3]), random.choice([1, 2, 3, 7, 8, 12, 20])
+    if wgmma:
+        group_size = random.choice([5, 20, 33, 50])
     batch = random.choice([1, 1, 2, 3, 6])
     options = dict(heads=(group_size * heads_kv, heads_kv), dims=dims, seed=seed, seqlen_q=1)
     ragged_queries = random.random() < 0.15
@@ -179,12 +223,13 @@ def random_call(seed):
         tma=("block_table" not in call or page_size % 8 == 0) and random.random() < 0.6,
         stages=random.choice([2, 3, 5]) if max(dims) <= 64 else 3,
         slack_tiles=random.choice([0, 1 << 20]),
+        wgmma=wgmma,
         seed=seed,
     )
     return case, call, rows, layout, more
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_calls(seed, emulate):
     case, call, rows, layout, more = random_call(seed)
     hold(emulate(call, rows, layout, **more), case)

@@ -87,19 +87,21 @@ def test_lengths_are_clamped_to_the_capacity():
 
 
 @pytest.mark.parametrize(
-    "heads, seqlen_q, cu_seqlens_q, blocks",
+    "heads, head_dim, seqlen_q, cu_seqlens_q, blocks",
     [
-        ((8, 1), 1, None, 1),
-        ((64, 1), 1, None, 1),
-        ((64, 1), 2, None, 2),
-        ((71, 1), 1, None, 2),
-        ((16, 1), 1, [0, 0, 4], 2),
+        ((8, 1), 64, 1, None, 1),
+        ((64, 1), 64, 1, None, 1),
+        ((64, 1), 128, 2, None, 1),
+        ((64, 1), 136, 2, None, 2),
+        ((71, 1), 128, 1, None, 1),
+        ((71, 1), 128, 2, None, 2),
+        ((16, 1), 64, 1, [0, 0, 4], 2),
     ],
 )
-def test_rows_per_item(heads, seqlen_q, cu_seqlens_q, blocks):
+def test_rows_per_item(heads, head_dim, seqlen_q, cu_seqlens_q, blocks):
     """Blocks of packed rows of the last sequence, with the CUDA kernels' choice of rows."""
     schedule = leanattn.schedule(
-        [10, 10], *heads, 64, seqlen_q=seqlen_q, cu_seqlens_q=cu_seqlens_q, num_units=1
+        [10, 10], *heads, head_dim, seqlen_q=seqlen_q, cu_seqlens_q=cu_seqlens_q, num_units=1
     )
     assert max(s.row_block for s in schedule.segments) + 1 == blocks
 

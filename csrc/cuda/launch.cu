@@ -67,12 +67,13 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-bool loader_is_cp_async() {
-  const char* loader = std::getenv("LEANATTN_LOADER");
-  if (!loader || !*loader || std::strcmp(loader, "tma") == 0) return false;
-  if (std::strcmp(loader, "cp_async") == 0) return true;
-  throw_error(std::string("leanattn: LEANATTN_LOADER must be 'tma' or 'cp_async', got '") + loader +
-              "'");
+// The value of an environment variable that is one of two words; the first if it is not set.
+bool is_second(const char* name, const char* first, const char* second) {
+  const char* value = std::getenv(name);
+  if (!value || !*value || std::strcmp(value, first) == 0) return false;
+  if (std::strcmp(value, second) == 0) return true;
+  throw_error(std::string("leanattn: ") + name + " must be '" + first + "' or '" + second +
+              "', got '" + value + "'");
 }
 
 // The extents and strides of a cache, outermost dimension last, as a tensor map wants them.
@@ -111,7 +112,8 @@ bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& 
 TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
   const Problem& problem = params.problem;
-  if (loader_is_cp_async() || problem.capacity == 0 || !encode_tiled()) return maps;
+  if (is_second("LEANATTN_LOADER", "tma", "cp_async") || problem.capacity == 0 || !encode_tiled())
+    return maps;
   maps.tile_box_rows_log2 = problem.tile_tokens_log2;
   int rows = problem.capacity;
   int pages = problem.batch;
@@ -141,32 +143,59 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
 
 namespace {
 
-// Calls visit.operator()<Traits>() with the kernel for these values.
+// A compile-time set of values for a kernel, and the run-time ones that choose it.
+struct KernelKey {
+  ElementType type;
+  int head_dim;
+  int rows;
+  Mma mma;
+};
+
+// Calls visit.operator()<Traits>() with the kernel for `key`, or not at all if there is none.
 template <class Element, int kHeadDim, class Visit>
-void dispatch_rows(int rows, Visit visit) {
-  switch (rows) {
-    case 8:
-      return visit.template operator()<DecodeTraits<Element, kHeadDim, 8>>();
-    case 16:
-      return visit.template operator()<DecodeTraits<Element, kHeadDim, 16>>();
-    case 32:
-      return visit.template operator()<DecodeTraits<Element, kHeadDim, 32>>();
-    default:
-      return visit.template operator()<DecodeTraits<Element, kHeadDim, 64>>();
-  }
+void dispatch_rows(const KernelKey& key, Visit visit) {
+  const auto with = [&]<int kRows, Mma kMma>() {
+    if (key.rows != kRows || key.mma != kMma) return;
+    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kMma>>();
+  };
+  with.template operator()<8, Mma::kWarp>();
+  with.template operator()<16, Mma::kWarp>();
+  with.template operator()<32, Mma::kWarp>();
+  with.template operator()<64, Mma::kWarp>();
+  with.template operator()<32, Mma::kWarpgroup>();
+  with.template operator()<64, Mma::kWarpgroup>();
+  // For more of D, q alone would fill the shared memory.
+  if constexpr (kHeadDim <= 128) with.template operator()<128, Mma::kWarpgroup>();
 }
 
 template <class Element, class Visit>
-void dispatch_head_dim(int head_dim, int rows, Visit visit) {
-  if (head_dim <= 64) return dispatch_rows<Element, 64>(rows, visit);
-  if (head_dim <= 128) return dispatch_rows<Element, 128>(rows, visit);
-  return dispatch_rows<Element, 256>(rows, visit);
+void dispatch_head_dim(const KernelKey& key, Visit visit) {
+  if (key.head_dim <= 64) return dispatch_rows<Element, 64>(key, visit);
+  if (key.head_dim <= 128) return dispatch_rows<Element, 128>(key, visit);
+  return dispatch_rows<Element, 256>(key, visit);
 }
 
 template <class Visit>
-void dispatch(ElementType type, int head_dim, int rows, Visit visit) {
-  if (type == ElementType::kFloat16) return dispatch_head_dim<__half>(head_dim, rows, visit);
-  return dispatch_head_dim<__nv_bfloat16>(head_dim, rows, visit);
+void dispatch(const KernelKey& key, Visit visit) {
+  if (key.type == ElementType::kFloat16) return dispatch_head_dim<__half>(key, visit);
+  return dispatch_head_dim<__nv_bfloat16>(key, visit);
+}
+
+// Code of sm_90a runs on 9.0 alone; a build with PTX only, of whatever age, has none.
+bool can_use_wgmma(int device) {
+  return device_limits(device).capability == 90 &&
+         setup_kernel<DecodeTraits<__half, 64, 8, Mma::kWarp>>(device).has_tma;
+}
+
+constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
+// Up to 16 rows mma wastes less than wgmma, which always takes 64.
+constexpr int kFewestWarpgroupRows = 32;
+
+KernelKey make_key(const DecodeParams& params, int rows, int device) {
+  const bool warpgroup = rows >= kFewestWarpgroupRows &&
+                         !is_second("LEANATTN_MMA", "wgmma", "mma") && can_use_wgmma(device);
+  return {params.element_type, max_of(params.head_dim, params.head_dim_v), rows,
+          warpgroup ? Mma::kWarpgroup : Mma::kWarp};
 }
 
 }  // namespace
@@ -177,17 +206,17 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
     check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
                "cudaMemsetAsync");
   }
-  dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v),
-           params.problem.rows_per_item,
+  dispatch(make_key(params, params.problem.rows_per_item, device),
            [&]<class Traits>() { launch_kernel<Traits>(params, device, stream); });
 }
 
 int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
   int fit = 0;
-  for (const int candidate : {8, 16, 32, 64}) {
+  for (const int candidate : kRowCounts) {
     bool fits = false;
-    dispatch(params.element_type, max_of(params.head_dim, params.head_dim_v), candidate,
-             [&]<class Traits>() { fits = setup_kernel<Traits>(device).num_stages > 0; });
+    dispatch(make_key(params, candidate, device), [&]<class Traits>() {
+      fits = setup_kernel<Traits>(device).num_stages >= Traits::kFewestStages;
+    });
     if (!fits) break;
     fit = candidate;
     if (rows <= candidate) break;
@@ -198,17 +227,21 @@ int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
 
 Machine machine_for(const DecodeParams& params, int device) {
   Machine machine{device_limits(device).num_sms, device_limits(device).bytes_per_us, {}};
-  dispatch(
-      params.element_type, max_of(params.head_dim, params.head_dim_v), params.problem.rows_per_item,
-      [&]<class Traits>() { machine.max_clusters = setup_kernel<Traits>(device).max_clusters; });
+  dispatch(make_key(params, params.problem.rows_per_item, device), [&]<class Traits>() {
+    machine.max_clusters = setup_kernel<Traits>(device).max_clusters;
+  });
   return machine;
 }
 
 void warm_up(int device) {
   for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
     for (const int head_dim : {64, 128, 256}) {
-      for (const int rows : {8, 16, 32, 64}) {
-        dispatch(type, head_dim, rows, [&]<class Traits>() { setup_kernel<Traits>(device); });
+      for (const int rows : kRowCounts) {
+        for (const Mma mma : {Mma::kWarp, Mma::kWarpgroup}) {
+          if (mma == Mma::kWarpgroup && !can_use_wgmma(device)) continue;
+          dispatch({type, head_dim, rows, mma},
+                   [&]<class Traits>() { setup_kernel<Traits>(device); });
+        }
       }
     }
   }

@@ -20,8 +20,7 @@ const KernelSetup& setup_kernel(int device) {
   const auto kernel = decode_kernel<Traits>;
   const int available = device_limits(device).shared_memory_bytes - Traits::kRingOffset;
   const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
-  // One stage is slow but works: K is released before V needs the room.
-  if (num_stages < 1) {
+  if (num_stages < Traits::kFewestStages) {
     setup.done.store(true, std::memory_order_release);
     return setup;
   }
@@ -70,9 +69,9 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
              "cudaLaunchKernelEx");
 }
 
-#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows)                                          \
-  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows>>(int);        \
-  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows>>(const DecodeParams&, int, \
-                                                                      cudaStream_t);
+#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows, kMma)                                     \
+  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows, kMma>>(int);   \
+  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows, kMma>>(const DecodeParams&, \
+                                                                            int, cudaStream_t);
 
 }  // namespace leanattn

@@ -54,7 +54,7 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
                  std::optional<Ints> block_table, std::optional<Ints> cu_seqlens_q, int window_left,
                  int window_right, float scale, int rows, int num_units, int items_per_team,
                  int team_size, bool clustered, int slack_tiles, bool batch_invariant, bool tma,
-                 int stages, int seed) {
+                 int stages, bool wgmma, int seed) {
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
@@ -153,20 +153,21 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
     make(v, p.head_dim_v, maps.v);
   }
   const int fold_levels = batch_invariant ? 1 : 0;
-  const auto run = [&]<int kHeadDim, int kRows>() {
-    launch<DecodeTraits<__half, kHeadDim, kRows>>(p, maps, stages, fold_levels, seed);
+  bool found = false;
+  const auto with = [&]<int kHeadDim, int kRows, Mma kMma>() {
+    if (padded != kHeadDim || rows != kRows || wgmma != (kMma == Mma::kWarpgroup)) return;
+    launch<DecodeTraits<__half, kHeadDim, kRows, kMma>>(p, maps, stages, fold_levels, seed);
+    found = true;
   };
-  if (padded == 64 && rows == 8) {
-    run.template operator()<64, 8>();
-  } else if (padded == 64 && rows == 16) {
-    run.template operator()<64, 16>();
-  } else if (padded == 128 && rows == 32) {
-    run.template operator()<128, 32>();
-  } else if (padded == 256 && rows == 8) {
-    run.template operator()<256, 8>();
-  } else {
-    throw std::invalid_argument("not among the kernels that are compiled for the emulator");
-  }
+  with.template operator()<64, 8, Mma::kWarp>();
+  with.template operator()<64, 16, Mma::kWarp>();
+  with.template operator()<128, 32, Mma::kWarp>();
+  with.template operator()<256, 8, Mma::kWarp>();
+  with.template operator()<64, 64, Mma::kWarpgroup>();
+  with.template operator()<64, 128, Mma::kWarpgroup>();
+  with.template operator()<128, 32, Mma::kWarpgroup>();
+  with.template operator()<256, 64, Mma::kWarpgroup>();
+  if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
   for (const int32_t counter : counters) {
     if (counter != 0) throw std::logic_error("a counter is left at " + std::to_string(counter));
   }
@@ -181,5 +182,5 @@ PYBIND11_MODULE(emulated_kernel, m) {
         py::arg("window_left"), py::arg("window_right"), py::arg("scale"), py::arg("rows"),
         py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"), py::arg("clustered"),
         py::arg("slack_tiles"), py::arg("batch_invariant"), py::arg("tma"), py::arg("stages"),
-        py::arg("seed"));
+        py::arg("wgmma"), py::arg("seed"));
 }

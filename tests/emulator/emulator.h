@@ -49,6 +49,8 @@ struct Fiber {
   // cp.async: copies issued and landed, and how many were issued at each commit
   int issued = 0, landed = 0;
   std::vector<int> commits;
+  // wgmma: products issued, each with its operand B
+  std::vector<std::pair<uint64_t, std::function<void()>>> products;
 };
 
 struct Cluster;
@@ -61,6 +63,8 @@ struct Cta {
   uint8_t* smem;  // 1024-byte aligned
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
+  std::vector<Barrier> warpgroups;
+  std::vector<uint64_t> warpgroup_brings;  // what the first of a warpgroup brought
 };
 
 struct Cluster {
@@ -147,6 +151,18 @@ inline void sync(int index, int threads) {
               [&barrier, generation] { return barrier.generation != generation; });
 }
 
+// Where the four warps of a warpgroup must all come, with the same value.
+inline void meet_warpgroup(const char* name, uint64_t value) {
+  const int index = fiber().thread / 128;
+  Barrier& barrier = cta().warpgroups.at(index);
+  uint64_t& brought = cta().warpgroup_brings.at(index);
+  if (barrier.arrived == 0) brought = value;
+  if (brought != value) throw std::logic_error(std::string("a warpgroup has diverged at ") + name);
+  const int generation = barrier.generation;
+  arrive(barrier, 128);
+  yield_until(name, [&barrier, generation] { return barrier.generation != generation; });
+}
+
 // Lands some time later.
 inline void copy_later(std::function<void()> copy) {
   machine()->in_flight.push_back(std::move(copy));
@@ -187,6 +203,8 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
       cta->smem =
           cta->memory.data() + 1024 - reinterpret_cast<uintptr_t>(cta->memory.data()) % 1024;
       cta->warps.resize(threads / 32);
+      cta->warpgroups.resize(threads / 128);
+      cta->warpgroup_brings.resize(threads / 128);
       for (int thread = 0; thread < threads; ++thread) {
         constexpr size_t kStackBytes = 65536;
         auto f = std::make_unique<Fiber>();

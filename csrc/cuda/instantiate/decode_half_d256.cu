@@ -2,9 +2,11 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__half, 256, 8)
-LEANATTN_INSTANTIATE(__half, 256, 16)
-LEANATTN_INSTANTIATE(__half, 256, 32)
-LEANATTN_INSTANTIATE(__half, 256, 64)
+LEANATTN_INSTANTIATE(__half, 256, 8, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 256, 16, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 256, 32, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 256, 64, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 256, 32, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__half, 256, 64, Mma::kWarpgroup)
 
 }  // namespace leanattn

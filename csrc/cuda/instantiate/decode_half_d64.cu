@@ -2,9 +2,12 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__half, 64, 8)
-LEANATTN_INSTANTIATE(__half, 64, 16)
-LEANATTN_INSTANTIATE(__half, 64, 32)
-LEANATTN_INSTANTIATE(__half, 64, 64)
+LEANATTN_INSTANTIATE(__half, 64, 8, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 64, 16, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 64, 32, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 64, 64, Mma::kWarp)
+LEANATTN_INSTANTIATE(__half, 64, 32, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__half, 64, 64, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__half, 64, 128, Mma::kWarpgroup)
 
 }  // namespace leanattn

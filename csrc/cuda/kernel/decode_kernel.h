@@ -1,7 +1,8 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
 // the producer warp copies and the consumer warps compute it, segment by segment.
 // Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
-// loaders_paged.h, mainloop.h, warp_merge.h, fixup.h, cluster_fixup.h, tree_fixup.h.
+// loaders_paged.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, fixup.h, cluster_fixup.h,
+// tree_fixup.h.
 #pragma once
 
 #include "cluster_fixup.h"
@@ -16,14 +17,19 @@
 
 namespace leanattn {
 
+template <class Traits>
+using MainLoopOf =
+    std::conditional_t<Traits::kWarpgroup, WarpgroupMainLoop<Traits>, MainLoop<Traits>>;
+
 // The consumer warps' whole life.
 template <class Traits>
 __device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
                                         int unit, const RoomPlan& room, Ring<Traits> ring,
                                         TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
-  const WarpPlace<Traits> place(threadIdx.x / 32);
-  MainLoop<Traits> main_loop(params, place);
+  using Loop = MainLoopOf<Traits>;
+  const typename Loop::Place place(threadIdx.x / 32);
+  Loop main_loop(params, place);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
   const bool in_tree = Traits::kRows <= kFoldRows && params.batch_invariant;
   const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
@@ -37,7 +43,7 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
     const int step = in_tree ? 1 : segment.tile_end - segment.tile_begin;
     int num_partials = 0;
     for (int tile = segment.tile_begin; tile < segment.tile_end; tile += step) {
-      WarpState<Traits> state;
+      typename Loop::State state;
       main_loop.run(*task, tile, tile + step, ring, state);
       bool left_partial = false;
       const auto finish = [&](int row, int dim, const QuadState& merged) {
@@ -96,10 +102,10 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
   });
 }
 
+// A CTA's whole life.
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    decode_kernel(const __grid_constant__ DecodeParams params,
-                  const __grid_constant__ TensorMaps maps, RoomPlan room) {
+__device__ __forceinline__ void decode_share(const DecodeParams& params, const TensorMaps& maps,
+                                             const RoomPlan& room) {
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(ptx::dynamic_smem());
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -154,6 +160,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     consume<Traits>(params, place, unit, room, ring, tasks, smem);
   }
   write_empty_rows<Traits>(params, place, smem);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeParams params,
+                  const __grid_constant__ TensorMaps maps, RoomPlan room) {
+  // Without wgmma there is nothing to run; can_use_wgmma() keeps it from being launched.
+  if constexpr (!Traits::kWarpgroup || LEANATTN_HAS_WGMMA) decode_share<Traits>(params, maps, room);
 }
 
 }  // namespace leanattn

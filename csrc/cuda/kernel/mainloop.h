@@ -1,9 +1,10 @@
-// The main loop of a consumer warp: its slice of every tile goes through S^T = K Q^T, the online
+// The main loop of a consumer warp, by mma: its slice of every tile goes through S^T = K Q^T, the online
 // softmax and O^T += V^T P^T, all in registers. It knows nothing of other warps or CTAs.
 #pragma once
 
 #include "mma.h"
 #include "ring.h"
+#include "scoring.h"
 
 namespace leanattn {
 
@@ -63,27 +64,27 @@ template <class Traits>
 class MainLoop {
  public:
   using Element = typename Traits::Element;
+  using Place = WarpPlace<Traits>;
+  using State = WarpState<Traits>;
   static constexpr int kTokenSteps = Traits::kTokenSteps;
   static constexpr int kRowSteps = Traits::kRowSteps;
   static constexpr int kDimSteps = Traits::kDimSteps;
   static constexpr int kDepthSteps = Traits::kDepthSteps;
 
   __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place)
-      : params_(params), place_(place) {
-    plain_scores_ = params.softcap == 0.0f && params.alibi_slopes == nullptr;
-    scale_log2_ = params.softmax_scale * kLog2E;
-  }
+      : scoring_(params), place_(place) {}
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
                                       int tile_end, Ring<Traits>& ring, WarpState<Traits>& state) {
     const Segment& segment = task.segment;
     segment_ = &segment;
+    scoring_.begin(segment);
     q_smem_ = task.q;
     state.clear();
     for (int n = 0; n < kRowSteps; ++n) {
       for (int c = 0; c < 2; ++c) {
-        position_[n][c] = query_row(params_, segment, place_.row(n, c)).position;
+        position_[n][c] = scoring_.position_of_row(place_.row(n, c));
       }
     }
     if constexpr (Traits::kQueryInRegisters) {
@@ -96,10 +97,9 @@ class MainLoop {
     for (int tile = tile_begin; tile < tile_end; ++tile) {
       const int token = tile * Traits::kTile + place_.slice * Traits::kSliceTokens;
       const KeyRange any = segment.keys.any;
-      const KeyRange all = segment.keys.all;
       // Subtracted, since token + kSliceTokens may be 2^31.
       const bool nothing = token >= any.end || any.begin - token >= Traits::kSliceTokens;
-      const bool everything = token >= all.begin && all.end - token >= Traits::kSliceTokens;
+      const bool plain = scoring_.plain() && is_seen_by_all(token);
       if (nothing) {
         // A warp with nothing to do still follows the ring: its arrival must not count for an
         // earlier round.
@@ -108,10 +108,10 @@ class MainLoop {
           ring.release();
           ring.advance();
         }
-      } else if (everything) {
-        step<false>(token, ring, state);
-      } else {
+      } else if (plain) {
         step<true>(token, ring, state);
+      } else {
+        step<false>(token, ring, state);
       }
     }
     state.reduce_sum();
@@ -121,7 +121,14 @@ class MainLoop {
   using Scores = float[kTokenSteps][kRowSteps][4];            // S^T: [16 tokens, 8 rows]
   using Probabilities = uint32_t[kTokenSteps][kRowSteps][2];  // P^T as B operand
 
-  template <bool kMasked>
+  // Whether all rows see the whole slice that starts at `token`.
+  __device__ __forceinline__ bool is_seen_by_all(int token) const {
+    const KeyRange all = segment_->keys.all;
+    return token >= all.begin && all.end - token >= Traits::kSliceTokens;
+  }
+
+  // kPlain: all rows see all keys, and nothing but a scale happens to the scores.
+  template <bool kPlain>
   __device__ __forceinline__ void step(int token, Ring<Traits>& ring, WarpState<Traits>& state) {
     Scores scores;
     ring.wait_full();
@@ -130,10 +137,10 @@ class MainLoop {
     ring.advance();
 
     Probabilities probabilities;
-    softmax<kMasked>(token, scores, state, probabilities);
+    softmax<kPlain>(token, scores, state, probabilities);
 
     ring.wait_full();
-    multiply_values<kMasked>(ring.stage_smem(), token, probabilities, state);
+    multiply_values<kPlain>(ring.stage_smem(), token, probabilities, state);
     ring.release();
     ring.advance();
   }
@@ -144,7 +151,7 @@ class MainLoop {
     const int lane = threadIdx.x % 32;
     const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
     uint32_t r[4];
-    ldmatrix_x4(r, q_smem_ + row * Traits::kQueryPitch + depth * 32 + lane / 8 * 16);
+    ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
     b0[0] = r[0];
     b0[1] = r[1];
     b1[0] = r[2];
@@ -197,14 +204,14 @@ class MainLoop {
     return token + i * 16 + place_.g + e / 2 * 8;
   }
 
-  template <bool kMasked>
+  template <bool kPlain>
   __device__ __forceinline__ void softmax(int token, Scores& scores, WarpState<Traits>& state,
                                           Probabilities& probabilities) const {
     bool rescale = false;
     float factor[kRowSteps][2];
 #pragma unroll
     for (int n = 0; n < kRowSteps; ++n) {
-      finish_scores<kMasked>(token, n, scores);
+      finish_scores<kPlain>(token, n, scores);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float new_max = state.max[n][c];
@@ -244,35 +251,20 @@ class MainLoop {
     }
   }
 
-  __device__ __forceinline__ KeyRange keys_of(int position) const {
-    return visible_keys(params_.problem.mask, segment_->sequence.length, position);
-  }
-
-  // Dot products of row step n become scores in log2 units; -inf where the row does not see the key.
-  template <bool kMasked>
+  // Dot products of row step n become scores.
+  template <bool kPlain>
   __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
-    if (plain_scores_ && !kMasked) {
+    if constexpr (kPlain) {
       for (int i = 0; i < kTokenSteps; ++i) {
-        for (int e = 0; e < 4; ++e) scores[i][n][e] *= scale_log2_;
+        for (int e = 0; e < 4; ++e) scores[i][n][e] = scoring_.scaled(scores[i][n][e]);
       }
-      return;
-    }
-    for (int c = 0; c < 2; ++c) {
-      const int position = position_[n][c];
-      const KeyRange keys = keys_of(position);
-      float slope = 0.0f;
-      if (params_.alibi_slopes) {
-        const int head = query_row(params_, *segment_, place_.row(n, c)).head;
-        slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
-                                     head * params_.alibi_head_stride];
-      }
-      for (int i = 0; i < kTokenSteps; ++i) {
-        for (int e = c; e < 4; e += 2) {
-          const int key = token_of(token, i, e);
-          const float score =
-              plain_scores_ ? scores[i][n][e] * scale_log2_
-                            : score_log2(params_, scores[i][n][e], slope, abs(position - key));
-          scores[i][n][e] = keys.contains(key) ? score : kNegativeInfinity;
+    } else {
+      for (int c = 0; c < 2; ++c) {
+        const Scoring::Row row = scoring_.row(place_.row(n, c), position_[n][c]);
+        for (int i = 0; i < kTokenSteps; ++i) {
+          for (int e = c; e < 4; e += 2) {
+            scores[i][n][e] = scoring_.score(row, scores[i][n][e], token_of(token, i, e));
+          }
         }
       }
     }
@@ -287,11 +279,11 @@ class MainLoop {
     ldmatrix_x4_trans(a, v_smem + swizzled_offset<Traits::kTile>(row, chunk));
   }
 
-  template <bool kMasked>
+  template <bool kPlain>
   __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, int token,
                                                   const Probabilities& probabilities,
                                                   WarpState<Traits>& state) const {
-    if constexpr (kMasked) {
+    if constexpr (!kPlain) {
       if (spoils_some_rows(v_smem, token)) {
         multiply_values_by_token(v_smem, token, probabilities, state);
         return;
@@ -304,7 +296,7 @@ class MainLoop {
         uint32_t a[4];
         load_values(v_smem, i, j, a);
         // Rows that nobody sees may hold anything, NaN too, and 0 * NaN is NaN.
-        if constexpr (kMasked) keep_tokens(a, segment_->keys.any, token + i * 16);
+        if constexpr (!kPlain) keep_tokens(a, segment_->keys.any, token + i * 16);
 #pragma unroll
         for (int n = 0; n < kRowSteps; ++n) {
           mma_m16n8k16<Element>(state.o[j][n], a, probabilities[i][n]);
@@ -328,7 +320,7 @@ class MainLoop {
   __device__ __forceinline__ bool spoils_some_rows(const uint8_t* v_smem, int token) const {
     const KeyRange any = segment_->keys.any;
     const KeyRange all = segment_->keys.all;
-    if (segment_->keys.alike()) return false;
+    if (segment_->keys.alike() || is_seen_by_all(token)) return false;
     bool spoils = false;
 #pragma unroll 1
     for (int i = 0; i < kTokenSteps; ++i) {
@@ -366,7 +358,8 @@ class MainLoop {
             float product[4] = {};
             mma_m16n8k16<Element>(product, a, probabilities[i][n]);
             for (int e = 0; e < 4; ++e) {
-              if (keys_of(position_[n][e % 2]).contains(key)) state.o[j][n][e] += product[e];
+              if (scoring_.keys_of(position_[n][e % 2]).contains(key))
+                state.o[j][n][e] += product[e];
             }
           }
         }
@@ -374,12 +367,10 @@ class MainLoop {
     }
   }
 
-  const DecodeParams& params_;
+  Scoring scoring_;
   const WarpPlace<Traits>& place_;
-  const uint8_t* q_smem_;  // [kRows] rows of kQueryPitch bytes
+  const uint8_t* q_smem_;  // [kHeadDim / 64, kRows, 64], swizzled
   const Segment* segment_;
-  bool plain_scores_;
-  float scale_log2_;
   int position_[kRowSteps][2];  // of this lane's rows
   uint32_t query_[Traits::kQueryInRegisters ? kRowSteps : 1]
                  [Traits::kQueryInRegisters ? kDepthSteps : 2][2];

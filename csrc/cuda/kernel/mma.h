@@ -60,6 +60,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
+template <class Element>
+__device__ __forceinline__ float2 unpack(uint32_t pair) {
+  if constexpr (std::is_same_v<Element, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(pair));
+  } else {
+    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(pair));
+  }
+}
+
 // True if one of the pair is NaN or infinite: all exponent bits are set.
 template <class Element>
 __device__ __forceinline__ bool has_nonfinite(uint32_t pair) {

@@ -2,7 +2,7 @@
 // tokens of the same item. Result: each thread holds whole states of some rows and dims.
 #pragma once
 
-#include "mainloop.h"
+#include "mainloop_warpgroup.h"
 #include "output.h"
 
 namespace leanattn {
@@ -12,32 +12,60 @@ __device__ __forceinline__ void sync_consumers() {
   ptx::bar_sync(kConsumerBarrier, Traits::kConsumerThreads);
 }
 
+// Puts 8 rows of the warp's row group, its step n, into merge_*; but for rows that the item does not
+// have, which nobody reads.
+template <class Traits>
+__device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& smem,
+                                                const WarpPlace<Traits>& place,
+                                                const WarpState<Traits>& state, int n,
+                                                int num_rows) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int row = place.row_group * 8 + place.t * 2 + c;
+    if (place.row(n, c) >= num_rows) continue;
+    if (place.g == 0 && place.dim_group == 0) {
+      smem.merge_max[place.slice][row] = state.max[n][c];
+      smem.merge_sum[place.slice][row] = state.sum[n][c];
+    }
+#pragma unroll
+    for (int j = 0; j < Traits::kDimSteps; ++j) {
+      float* o =
+          &smem.merge_o[place.slice][row][place.dim_group * Traits::kWarpDim + j * 16 + place.g];
+      o[0] = state.o[j][n][c];
+      o[8] = state.o[j][n][c + 2];
+    }
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& smem,
+                                                const WarpgroupPlace<Traits>& place,
+                                                const WarpgroupState<Traits>& state, int n,
+                                                int num_rows) {
+  if (place.row(n) >= num_rows) return;
+  const int row = place.row_group * 8 + place.g;
+  if (place.t == 0 && place.dim_group == 0) {
+    smem.merge_max[place.slice][row] = state.max[n];
+    smem.merge_sum[place.slice][row] = state.sum[n];
+  }
+#pragma unroll
+  for (int j = 0; j < Traits::kWarpDim / 8; ++j) {
+    const int dim = place.dim_group * Traits::kWarpDim + j * 8 + place.t * 2;
+    *reinterpret_cast<float2*>(&smem.merge_o[place.slice][row][dim]) =
+        float2{state.o[j][n * 2], state.o[j][n * 2 + 1]};
+  }
+}
+
 // Calls visit(row, dim, state) for every row of the item and every fourth element of Dv. Eight rows
 // of each row group at a time.
-template <class Traits, class Visit>
+template <class Traits, class Place, class State, class Visit>
 __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem,
-                                            const WarpPlace<Traits>& place,
-                                            const WarpState<Traits>& state, int num_rows,
+                                            const Place& place, const State& state, int num_rows,
                                             int head_dim_v, Visit visit) {
 #pragma unroll
   for (int n = 0; n < Traits::kRowSteps; ++n) {
     sync_consumers<Traits>();  // the visits of the rows before have read merge_*
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int row = place.row_group * 8 + place.t * 2 + c;
-      if (place.row(n, c) >= num_rows) continue;  // nobody reads it
-      if (place.g == 0 && place.dim_group == 0) {
-        smem.merge_max[place.slice][row] = state.max[n][c];
-        smem.merge_sum[place.slice][row] = state.sum[n][c];
-      }
-#pragma unroll
-      for (int j = 0; j < Traits::kDimSteps; ++j) {
-        float* o =
-            &smem.merge_o[place.slice][row][place.dim_group * Traits::kWarpDim + j * 16 + place.g];
-        o[0] = state.o[j][n][c];
-        o[8] = state.o[j][n][c + 2];
-      }
-    }
+    store_for_merge<Traits>(smem, place, state, n, num_rows);
     sync_consumers<Traits>();  // every warp's rows are in merge_*
     for_each_quad<Traits>(0, Traits::kMergeRows, head_dim_v, [&](int merge_row, int dim) {
       const int row = merge_row / 8 * Traits::kWarpRows + n * 8 + merge_row % 8;

@@ -5,6 +5,7 @@
 namespace cutlass::arch {
 
 inline void fence_barrier_init() {}
+inline void fence_view_async_shared() {}
 
 struct ClusterTransactionBarrier {
   static void arrive_and_expect_tx(uint64_t* barrier, uint32_t bytes) {

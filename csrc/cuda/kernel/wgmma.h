@@ -1,0 +1,101 @@
+// wgmma with 64 rows: what of it depends on the element type and the shape, and the descriptors by
+// which it finds its operands in shared memory.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cute/arch/mma_sm90_desc.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/arch/util.hpp>
+
+namespace leanattn {
+
+// Which elements of a fragment a lane of warp w of the four holds (PTX ISA, wgmma.m64nNk16), with
+// g = lane / 4 and t = lane % 4:
+//   D [64, N]   d[j][0] d[j][1] row 16w+g, cols 8j+2t 8j+2t+1    d[j][2] d[j][3] row 16w+g+8
+//   A [64, 16]  a[0] row 16w+g, cols 2t 2t+1   a[1] row 16w+g+8   a[2] row 16w+g, cols 2t+8 2t+9
+//               a[3] row 16w+g+8
+
+// Describes an operand [columns / 64][rows][64] of 16-bit elements with the 128-byte swizzle, whose
+// blocks of 64 columns lie `block_bytes` apart, to be read from `smem` on: a row that is a multiple of
+// 8, at any chunk of 16 bytes. (PTX ISA, matrix descriptor; CUTLASS, make_gmma_desc.)
+__device__ __forceinline__ uint64_t make_operand(const uint8_t* smem, int block_bytes) {
+  cute::GmmaDescriptor descriptor;
+  descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(smem) >> 4;
+  // Of use only where the columns are not what the product sums over.
+  descriptor.bitfield.leading_byte_offset_ = block_bytes >> 4;
+  descriptor.bitfield.stride_byte_offset_ = 8 * 128 >> 4;  // from 8 rows to the next
+  descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
+  return descriptor;
+}
+
+// The same operand, `bytes` further on.
+__device__ __forceinline__ uint64_t advance_operand(uint64_t operand, int bytes) {
+  return operand + (bytes >> 4);
+}
+
+// The atoms for kColumns columns of D: scores have both operands in shared memory, with their depth
+// contiguous; values have P in registers, and V with its columns contiguous.
+template <class Element, int kColumns>
+struct WgmmaAtoms;
+
+#define LEANATTN_WGMMA_ATOMS(Element, kColumns, kTypes)                                      \
+  template <>                                                                                \
+  struct WgmmaAtoms<Element, kColumns> {                                                     \
+    using Scores =                                                                           \
+        cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_SS<cute::SM90::GMMA::Major::K,   \
+                                                               cute::SM90::GMMA::Major::K>;  \
+    using Values =                                                                           \
+        cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_RS<cute::SM90::GMMA::Major::K,   \
+                                                               cute::SM90::GMMA::Major::MN>; \
+  };
+LEANATTN_WGMMA_ATOMS(__half, 64, F32F16F16)
+LEANATTN_WGMMA_ATOMS(__half, 128, F32F16F16)
+LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 64, F32BF16BF16)
+LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 128, F32BF16BF16)
+#undef LEANATTN_WGMMA_ATOMS
+
+// d = q k^T, or d += q k^T, for 16 of D. By a warpgroup; done when wgmma_wait returns.
+template <class Element, int kBlocks>
+__device__ __forceinline__ void wgmma_scores(float (&d)[kBlocks][4], uint64_t q, uint64_t k,
+                                             bool add) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    WgmmaAtoms<Element, kBlocks * 8>::Scores::fma(
+        q, k, d[i / 4][i % 4]...,
+        add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  }(std::make_index_sequence<kBlocks * 4>());
+}
+
+// d += p v, for 16 tokens.
+template <class Element, int kBlocks>
+__device__ __forceinline__ void wgmma_values(float (&d)[kBlocks][4], const uint32_t (&p)[4],
+                                             uint64_t v) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    WgmmaAtoms<Element, kBlocks * 8>::Values::fma(p[0], p[1], p[2], p[3], v, d[i / 4][i % 4]...,
+                                                  cute::SM90::GMMA::ScaleOut::One);
+  }(std::make_index_sequence<kBlocks * 4>());
+}
+
+// Around every batch of wgmma: registers that it uses stay as they are from the one to the other.
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_begin(float (&d)[kBlocks][4]) {
+  for (int j = 0; j < kBlocks; ++j) {
+    for (int e = 0; e < 4; ++e) cute::warpgroup_fence_operand(d[j][e]);
+  }
+  cute::warpgroup_arrive();
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kBlocks][4]) {
+  cute::warpgroup_commit_batch();
+  cute::warpgroup_wait<0>();
+  for (int j = 0; j < kBlocks; ++j) {
+    for (int e = 0; e < 4; ++e) cute::warpgroup_fence_operand(d[j][e]);
+  }
+}
+
+}  // namespace leanattn
