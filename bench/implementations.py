@@ -86,6 +86,14 @@ def _cp_async():
     return environment(LEANATTN_LOADER="cp_async")
 
 
+def _mma():
+    return environment(LEANATTN_MMA="mma")
+
+
+def _dependent_launch():
+    return environment(LEANATTN_PDL="1")
+
+
 # --- torch SDPA -----------------------------------------------------------------------------------
 
 
@@ -320,6 +328,8 @@ IMPLEMENTATIONS = [
     Implementation(OURS, _leanattn()),
     Implementation("leanattn-no_counters", _leanattn(with_counters=False)),
     Implementation("leanattn-cp_async", _leanattn(), _cp_async, is_default=False),
+    Implementation("leanattn-mma", _leanattn(), _mma, is_default=False),
+    Implementation("leanattn-pdl", _leanattn(), _dependent_launch, is_default=False),
     Implementation("leanattn-batch_invariant", _leanattn(batch_invariant=True), is_default=False),
     Implementation("cudnn", _sdpa(), _backend(SDPBackend.CUDNN_ATTENTION)),
     Implementation("cudnn-folded", _sdpa(folded=True), _backend(SDPBackend.CUDNN_ATTENTION)),

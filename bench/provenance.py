@@ -18,7 +18,7 @@ import leanattn
 from bench import ROOT
 
 VARIABLES = ("LEANATTN_LOADER", "LEANATTN_MMA", "LEANATTN_LAYOUT", "LEANATTN_NUM_UNITS",
-             "LEANATTN_CHECK", "CUDA_VISIBLE_DEVICES")  # fmt: skip
+             "LEANATTN_PDL", "LEANATTN_CHECK", "CUDA_VISIBLE_DEVICES")  # fmt: skip
 PEER_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "flashinfer-python", "flash-attn",
                  "flash-attn-3", "triton")  # fmt: skip
 

@@ -14,6 +14,7 @@ _VARIABLES = {
     "LEANATTN_MMA": "wgmma or mma: how CUDA kernels multiply where there are 17 rows or more",
     "LEANATTN_NUM_UNITS": "how many units share the work",
     "LEANATTN_LAYOUT": "stream_k, teams:N or clusters:N: how CUDA kernels lay out the work",
+    "LEANATTN_PDL": "1: programmatic dependent launch of the CUDA kernels",
     "LEANATTN_CHECK": "1: wrong lengths raise instead of being clamped",
 }
 

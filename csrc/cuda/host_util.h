@@ -28,7 +28,7 @@ struct KernelSetup {
 // A launch's configuration and what it points to.
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
-  cudaLaunchAttribute attribute{};
+  std::array<cudaLaunchAttribute, 2> attributes{};
 
   LaunchConfig(const KernelSetup& setup, int grid, int cluster_size, int threads,
                cudaStream_t stream) {
@@ -36,18 +36,33 @@ struct LaunchConfig {
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = setup.shared_memory_bytes;
     config.stream = stream;
+    config.attrs = attributes.data();
     if (cluster_size == 1) return;
-    attribute.id = cudaLaunchAttributeClusterDimension;
+    cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
     attribute.val.clusterDim.x = cluster_size;
     attribute.val.clusterDim.y = 1;
     attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;  // it points into itself
+
+  // The launch and the kernel's first steps run beside the end of the kernel before.
+  void overlap_with_previous_kernel() {
+    add(cudaLaunchAttributeProgrammaticStreamSerialization)
+        .val.programmaticStreamSerializationAllowed = 1;
+  }
+
+ private:
+  cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+    cudaLaunchAttribute& attribute = attributes.at(config.numAttrs++);
+    attribute.id = id;
+    return attribute;
+  }
 };
 
 [[noreturn]] void throw_error(const std::string& message);
+
+// Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
+bool wants_dependent_launch();
 
 // The tensor maps of K and V, or unusable ones where the bulk tensor copies cannot be used: strides
 // that a tensor map cannot hold, an empty cache, an old driver, or LEANATTN_LOADER=cp_async.

@@ -109,6 +109,8 @@ bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& 
 
 }  // namespace
 
+bool wants_dependent_launch() { return is_second("LEANATTN_PDL", "0", "1"); }
+
 TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
   const Problem& problem = params.problem;

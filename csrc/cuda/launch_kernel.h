@@ -62,7 +62,8 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
   const KernelSetup& setup = setup_kernel<Traits>(device);
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
-  const LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
+  LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
+  if (setup.has_tma && wants_dependent_launch()) launch.overlap_with_previous_kernel();
   const RoomPlan room =
       params.batch_invariant ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),

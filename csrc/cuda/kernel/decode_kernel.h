@@ -128,6 +128,9 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     tasks.init(lane);
     __syncwarp();  // all are initialised before any lane arrives
   }
+  // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
+  // anything that this one reads, and what this one writes it may still read.
+  ptx::wait_for_previous_kernel();
   const int unit = blockIdx.x;
   const Place place = locate<Traits>(params, unit, smem);
 
@@ -150,6 +153,7 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     } else {
       produce_with(CpAsyncLoader<Traits>{});
     }
+    ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
   } else if (warp == Traits::kTaskWarp) {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
     SegmentWalker walker = make_walker(params, place, unit);

@@ -56,4 +56,8 @@ inline void bar_arrive(int barrier, int threads) {
   emulator::arrive(emulator::cta().barriers.at(barrier), threads);
 }
 
+// One launch at a time.
+inline void wait_for_previous_kernel() {}
+inline void let_next_kernel_launch() {}
+
 }  // namespace leanattn::ptx
