@@ -150,24 +150,26 @@ struct KernelKey {
   ElementType type;
   int head_dim;
   int rows;
-  Mma mma;
+  Kind kind;
 };
 
 // Calls visit.operator()<Traits>() with the kernel for `key`, or not at all if there is none.
 template <class Element, int kHeadDim, class Visit>
 void dispatch_rows(const KernelKey& key, Visit visit) {
-  const auto with = [&]<int kRows, Mma kMma>() {
-    if (key.rows != kRows || key.mma != kMma) return;
-    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kMma>>();
+  const auto with = [&]<int kRows, Kind kKind>() {
+    if (key.rows != kRows || key.kind != kKind) return;
+    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kKind>>();
   };
-  with.template operator()<8, Mma::kWarp>();
-  with.template operator()<16, Mma::kWarp>();
-  with.template operator()<32, Mma::kWarp>();
-  with.template operator()<64, Mma::kWarp>();
-  with.template operator()<32, Mma::kWarpgroup>();
-  with.template operator()<64, Mma::kWarpgroup>();
+  with.template operator()<8, Kind::kMma>();
+  with.template operator()<16, Kind::kMma>();
+  with.template operator()<32, Kind::kMma>();
+  with.template operator()<64, Kind::kMma>();
+  with.template operator()<8, Kind::kTree>();
+  with.template operator()<16, Kind::kTree>();
+  with.template operator()<32, Kind::kWgmma>();
+  with.template operator()<64, Kind::kWgmma>();
   // For more of D, q alone would fill the shared memory.
-  if constexpr (kHeadDim <= 128) with.template operator()<128, Mma::kWarpgroup>();
+  if constexpr (kHeadDim <= 128) with.template operator()<128, Kind::kWgmma>();
 }
 
 template <class Element, class Visit>
@@ -186,18 +188,20 @@ void dispatch(const KernelKey& key, Visit visit) {
 // Code of sm_90a runs on 9.0 alone; a build with PTX only, of whatever age, has none.
 bool can_use_wgmma(int device) {
   return device_limits(device).capability == 90 &&
-         setup_kernel<DecodeTraits<__half, 64, 8, Mma::kWarp>>(device).has_tma;
+         setup_kernel<DecodeTraits<__half, 64, 8, Kind::kMma>>(device).has_tma;
 }
 
 constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
 // Up to 16 rows mma wastes less than wgmma, which always takes 64.
-constexpr int kFewestWarpgroupRows = 32;
+constexpr int kFewestWgmmaRows = 32;
 
 KernelKey make_key(const DecodeParams& params, int rows, int device) {
-  const bool warpgroup = rows >= kFewestWarpgroupRows &&
-                         !is_second("LEANATTN_MMA", "wgmma", "mma") && can_use_wgmma(device);
-  return {params.element_type, max_of(params.head_dim, params.head_dim_v), rows,
-          warpgroup ? Mma::kWarpgroup : Mma::kWarp};
+  const auto kind = [&] {
+    if (params.batch_invariant) return Kind::kTree;
+    if (rows < kFewestWgmmaRows || is_second("LEANATTN_MMA", "wgmma", "mma")) return Kind::kMma;
+    return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
+  };
+  return {params.element_type, max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
 }  // namespace
@@ -239,9 +243,9 @@ void warm_up(int device) {
   for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
     for (const int head_dim : {64, 128, 256}) {
       for (const int rows : kRowCounts) {
-        for (const Mma mma : {Mma::kWarp, Mma::kWarpgroup}) {
-          if (mma == Mma::kWarpgroup && !can_use_wgmma(device)) continue;
-          dispatch({type, head_dim, rows, mma},
+        for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
+          if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
+          dispatch({type, head_dim, rows, kind},
                    [&]<class Traits>() { setup_kernel<Traits>(device); });
         }
       }

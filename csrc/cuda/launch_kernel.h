@@ -64,15 +64,14 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
   if (setup.has_tma && wants_dependent_launch()) launch.overlap_with_previous_kernel();
-  const RoomPlan room =
-      params.batch_invariant ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
+  const RoomPlan room = Traits::kTree ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),
              "cudaLaunchKernelEx");
 }
 
-#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows, kMma)                                     \
-  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows, kMma>>(int);   \
-  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows, kMma>>(const DecodeParams&, \
-                                                                            int, cudaStream_t);
+#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows, kKind)                                     \
+  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows, kKind>>(int);   \
+  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows, kKind>>(const DecodeParams&, \
+                                                                             int, cudaStream_t);
 
 }  // namespace leanattn

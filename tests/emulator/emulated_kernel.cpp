@@ -153,20 +153,24 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
     make(v, p.head_dim_v, maps.v);
   }
   const int fold_levels = batch_invariant ? 1 : 0;
+  const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
   bool found = false;
-  const auto with = [&]<int kHeadDim, int kRows, Mma kMma>() {
-    if (padded != kHeadDim || rows != kRows || wgmma != (kMma == Mma::kWarpgroup)) return;
-    launch<DecodeTraits<__half, kHeadDim, kRows, kMma>>(p, maps, stages, fold_levels, seed);
+  const auto with = [&]<int kHeadDim, int kRows, Kind kKind>() {
+    if (padded != kHeadDim || rows != kRows || kind != kKind) return;
+    launch<DecodeTraits<__half, kHeadDim, kRows, kKind>>(p, maps, stages, fold_levels, seed);
     found = true;
   };
-  with.template operator()<64, 8, Mma::kWarp>();
-  with.template operator()<64, 16, Mma::kWarp>();
-  with.template operator()<128, 32, Mma::kWarp>();
-  with.template operator()<256, 8, Mma::kWarp>();
-  with.template operator()<64, 64, Mma::kWarpgroup>();
-  with.template operator()<64, 128, Mma::kWarpgroup>();
-  with.template operator()<128, 32, Mma::kWarpgroup>();
-  with.template operator()<256, 64, Mma::kWarpgroup>();
+  with.template operator()<64, 8, Kind::kMma>();
+  with.template operator()<64, 16, Kind::kMma>();
+  with.template operator()<128, 32, Kind::kMma>();
+  with.template operator()<256, 8, Kind::kMma>();
+  with.template operator()<64, 8, Kind::kTree>();
+  with.template operator()<64, 16, Kind::kTree>();
+  with.template operator()<256, 8, Kind::kTree>();
+  with.template operator()<64, 64, Kind::kWgmma>();
+  with.template operator()<64, 128, Kind::kWgmma>();
+  with.template operator()<128, 32, Kind::kWgmma>();
+  with.template operator()<256, 64, Kind::kWgmma>();
   if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
   for (const int32_t counter : counters) {
     if (counter != 0) throw std::logic_error("a counter is left at " + std::to_string(counter));

@@ -2,12 +2,14 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 8, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 16, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 32, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 64, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 32, Mma::kWarpgroup)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 64, Mma::kWarpgroup)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 128, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 8, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 16, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 32, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 64, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 8, Kind::kTree)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 16, Kind::kTree)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 32, Kind::kWgmma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 64, Kind::kWgmma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 128, 128, Kind::kWgmma)
 
 }  // namespace leanattn

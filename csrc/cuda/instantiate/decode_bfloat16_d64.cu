@@ -2,12 +2,14 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 8, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 16, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 32, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 64, Mma::kWarp)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 32, Mma::kWarpgroup)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 64, Mma::kWarpgroup)
-LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 128, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 8, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 16, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 32, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 64, Kind::kMma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 8, Kind::kTree)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 16, Kind::kTree)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 32, Kind::kWgmma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 64, Kind::kWgmma)
+LEANATTN_INSTANTIATE(__nv_bfloat16, 64, 128, Kind::kWgmma)
 
 }  // namespace leanattn

@@ -2,11 +2,13 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__half, 256, 8, Mma::kWarp)
-LEANATTN_INSTANTIATE(__half, 256, 16, Mma::kWarp)
-LEANATTN_INSTANTIATE(__half, 256, 32, Mma::kWarp)
-LEANATTN_INSTANTIATE(__half, 256, 64, Mma::kWarp)
-LEANATTN_INSTANTIATE(__half, 256, 32, Mma::kWarpgroup)
-LEANATTN_INSTANTIATE(__half, 256, 64, Mma::kWarpgroup)
+LEANATTN_INSTANTIATE(__half, 256, 8, Kind::kMma)
+LEANATTN_INSTANTIATE(__half, 256, 16, Kind::kMma)
+LEANATTN_INSTANTIATE(__half, 256, 32, Kind::kMma)
+LEANATTN_INSTANTIATE(__half, 256, 64, Kind::kMma)
+LEANATTN_INSTANTIATE(__half, 256, 8, Kind::kTree)
+LEANATTN_INSTANTIATE(__half, 256, 16, Kind::kTree)
+LEANATTN_INSTANTIATE(__half, 256, 32, Kind::kWgmma)
+LEANATTN_INSTANTIATE(__half, 256, 64, Kind::kWgmma)
 
 }  // namespace leanattn

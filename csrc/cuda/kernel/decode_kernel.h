@@ -18,87 +18,100 @@
 namespace leanattn {
 
 template <class Traits>
-using MainLoopOf =
-    std::conditional_t<Traits::kWarpgroup, WarpgroupMainLoop<Traits>, MainLoop<Traits>>;
+using MainLoopOf = std::conditional_t<Traits::kWgmma, WarpgroupMainLoop<Traits>, MainLoop<Traits>>;
 
-// The consumer warps' whole life.
+// The consumer warps' whole life: each segment as a whole.
 template <class Traits>
 __device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
-                                        int unit, const RoomPlan& room, Ring<Traits> ring,
-                                        TaskQueue<Traits> tasks,
+                                        int unit, Ring<Traits> ring, TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   using Loop = MainLoopOf<Traits>;
   const typename Loop::Place place(threadIdx.x / 32);
   Loop main_loop(params, place);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
-  const bool in_tree = Traits::kRows <= kFoldRows && params.batch_invariant;
+  int num_cuts = 0;
+  while (const auto* task = tasks.front()) {
+    const Segment& segment = task->segment;
+    const bool is_whole = segment.is_whole();
+    typename Loop::State state;
+    main_loop.run(*task, segment.tile_begin, segment.tile_end, ring, state);
+    const auto finish = [&](int row, int dim, const QuadState& merged) {
+      if (is_whole) {
+        write_quad<Traits>(params, segment, row, dim, merged);
+      } else if (in_cluster) {
+        store_cluster_partial<Traits>(smem, row, dim, merged);
+      } else {
+        store_partial<Traits>(params, partial_index(params, task->units, unit, 0), row, dim,
+                              merged);
+      }
+    };
+    merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, finish);
+    if (!is_whole) note_cut<Traits>(*task, smem, num_cuts);
+    tasks.pop();
+  }
+  if (in_cluster) {
+    cluster_fix_up<Traits>(params, unit, num_cuts, smem);
+  } else {
+    fix_up<Traits>(params, num_cuts, smem, [&](const typename Traits::CutSegment& cut) {
+      merge_partials<Traits>(params, cut.segment, cut.units);
+    });
+  }
+}
+
+// The same for Kind::kTree, tile by tile.
+template <class Traits>
+__device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int unit,
+                                                const RoomPlan& room, Ring<Traits> ring,
+                                                TaskQueue<Traits> tasks,
+                                                typename Traits::SharedStorage& smem) {
+  using Loop = MainLoopOf<Traits>;
+  const typename Loop::Place place(threadIdx.x / 32);
+  Loop main_loop(params, place);
   const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
     const Segment& segment = task->segment;
     const TileRange item = segment.item;
-    const bool is_whole = segment.is_whole();
     const auto partial = [&](int node) { return partial_index(params, task->units, unit, node); };
-    // A tree takes tile by tile, everything else the segment as a whole.
-    const int step = in_tree ? 1 : segment.tile_end - segment.tile_begin;
     int num_partials = 0;
-    for (int tile = segment.tile_begin; tile < segment.tile_end; tile += step) {
+    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
       typename Loop::State state;
-      main_loop.run(*task, tile, tile + step, ring, state);
+      main_loop.run(*task, tile, tile + 1, ring, state);
       bool left_partial = false;
       const auto finish = [&](int row, int dim, const QuadState& merged) {
-        if (in_tree) {
-          auto stack = fold.stack(row, dim);
-          fold_node(item, segment.tile_begin, {0, tile}, merged, stack,
-                    [&](const TreeNode& node, const QuadState& folded) {
-                      if (node.covers(item)) {
-                        write_quad<Traits>(params, segment, row, dim, folded);
-                      } else {
-                        store_partial<Traits>(params, partial(num_partials), row, dim, folded);
-                        left_partial = true;
-                      }
-                    });
-        } else if (is_whole) {
-          write_quad<Traits>(params, segment, row, dim, merged);
-        } else if (in_cluster) {
-          store_cluster_partial<Traits>(smem, row, dim, merged);
-        } else {
-          store_partial<Traits>(params, partial(0), row, dim, merged);
-        }
+        auto stack = fold.stack(row, dim);
+        fold_node(item, segment.tile_begin, {0, tile}, merged, stack,
+                  [&](const TreeNode& node, const QuadState& folded) {
+                    if (node.covers(item)) {
+                      write_quad<Traits>(params, segment, row, dim, folded);
+                    } else {
+                      store_partial<Traits>(params, partial(num_partials), row, dim, folded);
+                      left_partial = true;
+                    }
+                  });
       };
       merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, finish);
       num_partials += left_partial;
     }
-    if (!is_whole) {
-      if (in_tree) {
-        // Eight rows at a time, as merge_warps does: each thread has what it stored itself.
-        for (int first = 0; first < task->num_rows; first += 8) {
-          const int last = min_of(first + 8, task->num_rows);
-          for_each_quad<Traits>(first, last, params.head_dim_v, [&](int row, int dim) {
-            auto stack = fold.stack(row, dim);
-            int node = num_partials;
-            fold_rest<QuadState>(item, segment.tile_begin, segment.tile_end, stack,
-                                 [&](const TreeNode&, const QuadState& folded) {
-                                   store_partial<Traits>(params, partial(node++), row, dim, folded);
-                                 });
-          });
-        }
+    if (!segment.is_whole()) {
+      // Eight rows at a time, as merge_warps does: each thread has what it stored itself.
+      for (int first = 0; first < task->num_rows; first += 8) {
+        const int last = min_of(first + 8, task->num_rows);
+        for_each_quad<Traits>(first, last, params.head_dim_v, [&](int row, int dim) {
+          auto stack = fold.stack(row, dim);
+          int node = num_partials;
+          fold_rest<QuadState>(item, segment.tile_begin, segment.tile_end, stack,
+                               [&](const TreeNode&, const QuadState& folded) {
+                                 store_partial<Traits>(params, partial(node++), row, dim, folded);
+                               });
+        });
       }
-      if (threadIdx.x == 0) smem.cuts[num_cuts] = {segment, task->units, task->shares, false};
-      ++num_cuts;
+      note_cut<Traits>(*task, smem, num_cuts);
     }
     tasks.pop();
   }
-  if (in_cluster) {
-    cluster_fix_up<Traits>(params, unit, num_cuts, smem);
-    return;
-  }
   fix_up<Traits>(params, num_cuts, smem, [&](const typename Traits::CutSegment& cut) {
-    if (in_tree) {
-      fold_partials<Traits>(params, cut.segment, cut.units, cut.shares, fold);
-    } else {
-      merge_partials<Traits>(params, cut.segment, cut.units);
-    }
+    fold_partials<Traits>(params, cut.segment, cut.units, cut.shares, fold);
   });
 }
 
@@ -161,7 +174,11 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     tasks.close();
   } else {
     ptx::bar_sync(kSetupBarrier, Traits::kThreads);
-    consume<Traits>(params, place, unit, room, ring, tasks, smem);
+    if constexpr (Traits::kTree) {
+      consume_in_tree<Traits>(params, unit, room, ring, tasks, smem);
+    } else {
+      consume<Traits>(params, place, unit, ring, tasks, smem);
+    }
   }
   write_empty_rows<Traits>(params, place, smem);
 }
@@ -171,7 +188,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ TensorMaps maps, RoomPlan room) {
   // Without wgmma there is nothing to run; can_use_wgmma() keeps it from being launched.
-  if constexpr (!Traits::kWarpgroup || LEANATTN_HAS_WGMMA) decode_share<Traits>(params, maps, room);
+  if constexpr (!Traits::kWgmma || LEANATTN_HAS_WGMMA) decode_share<Traits>(params, maps, room);
 }
 
 }  // namespace leanattn

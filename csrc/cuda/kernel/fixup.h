@@ -52,6 +52,14 @@ __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, in
   return state;
 }
 
+// By all consumer threads: remembers the segment for the end of the share.
+template <class Traits>
+__device__ __forceinline__ void note_cut(const typename Traits::Task& task,
+                                         typename Traits::SharedStorage& smem, int& num_cuts) {
+  if (threadIdx.x == 0) smem.cuts[num_cuts] = {task.segment, task.units, task.shares, false};
+  ++num_cuts;
+}
+
 // By all consumer threads, after their stores: draws a ticket for each of the unit's cut segments. The
 // last ticket of an item takes its counter back to zero.
 template <class Traits>

@@ -5,16 +5,16 @@
 // they are of, and brings the segments' q rows. The consumers split a tile's TOKENS into slices, each
 // with a softmax state of its own for all query rows.
 //
-// The products run in one of two ways:
+// The products run in one of two ways.
 //
-// Mma::kWarp, for few rows, and on any GPU for up to 64. A slice is a warp's; only where its registers
+// By mma, for few rows, and on any GPU for up to 64. A slice is a warp's; only where its registers
 // cannot hold all rows or all of Dv (64 accumulators a lane) do warps share one. Both products are
 // computed transposed, keys and values as the 16-row operand of the mma and the query rows as its 8
 // columns:  S^T = K Q^T  and  O^T = V^T P^T.  Few rows waste less of 8 columns than of 16 rows.
 //
-// Mma::kWarpgroup, for 17 rows and more, where there is wgmma. Four warps multiply 64 query rows by a
-// slice that wgmma reads straight from the ring:  S = Q K^T  and  O = P V.  With two halves of Dv, for
-// the same reason, or with 128 rows, the two warpgroups take the same slice.
+// By wgmma, for 17 rows and more, where there is one. Four warps multiply 64 query rows by a slice that
+// wgmma reads straight from the ring:  S = Q K^T  and  O = P V.  With two halves of Dv, for the same
+// reason, or with 128 rows, the two warpgroups take the same slice.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ namespace leanattn {
 // How a launch divides the shared memory behind SharedStorage.
 struct RoomPlan {
   int num_stages;   // of the ring
-  int fold_levels;  // of waiting states, behind the ring; for batch_invariant
+  int fold_levels;  // of waiting states, behind the ring; for Kind::kTree
 };
 
 // The CTA's hardware barriers; 0 is __syncthreads.
@@ -38,14 +38,20 @@ constexpr int kConsumerBarrier = 1;  // among the consumer warps
 constexpr int kSetupBarrier = 2;     // the consumers wait for the other warps' set-up
 constexpr int kSliceBarrier = 3;     // and more: among the warps that share a slice
 
-enum class Mma { kWarp, kWarpgroup };
+enum class Kind {
+  kMma,    // products by mma
+  kTree,   // the same, and tiles merged in a fixed tree, for batch_invariant: up to kFoldRows rows
+  kWgmma,  // products by wgmma
+};
 
-template <class Element_, int kHeadDim_, int kRows_, Mma kMma>
+template <class Element_, int kHeadDim_, int kRows_, Kind kKind>
 struct DecodeTraits {
   using Element = Element_;                   // of q, K, V, P and out
   static constexpr int kHeadDim = kHeadDim_;  // D and Dv, padded: 64, 128 or 256
   static constexpr int kRows = kRows_;        // packed query rows, padded: 8..64, or 128 by wgmma
-  static constexpr bool kWarpgroup = kMma == Mma::kWarpgroup;
+  static constexpr bool kWgmma = kKind == Kind::kWgmma;
+  static constexpr bool kTree = kKind == Kind::kTree;
+  static_assert(!kTree || kRows <= kFoldRows, "batch-invariant items have few rows");
   static constexpr int kTile = 1 << tile_tokens_log2_for(kHeadDim);  // tokens
 
   static constexpr int kConsumerWarps = 8;
@@ -57,8 +63,8 @@ struct DecodeTraits {
   // A warp's part of the [tokens, rows, Dv] space. wgmma has 16 of 64 rows for each of its warps,
   // though there may be fewer.
   static constexpr int kWarpDim = min_of(kHeadDim, 128);
-  static constexpr int kWarpRows = kWarpgroup ? 16 : min_of(kRows, 2048 / kWarpDim);
-  static constexpr int kRowGroups = (kWarpgroup ? max_of(kRows, 64) : kRows) / kWarpRows;
+  static constexpr int kWarpRows = kWgmma ? 16 : min_of(kRows, 2048 / kWarpDim);
+  static constexpr int kRowGroups = (kWgmma ? max_of(kRows, 64) : kRows) / kWarpRows;
   static constexpr int kDimGroups = kHeadDim / kWarpDim;
   static constexpr int kSlices = kConsumerWarps / (kRowGroups * kDimGroups);
   static constexpr int kSliceTokens = kTile / kSlices;
@@ -74,7 +80,7 @@ struct DecodeTraits {
   // Tokens that wgmma takes at once: their scores share the registers with O.
   static constexpr int kStepTokens = 64;
   static constexpr int kSteps = kSliceTokens / kStepTokens;
-  static_assert(!kWarpgroup || kSteps * kStepTokens == kSliceTokens, "a slice is whole steps");
+  static_assert(!kWgmma || kSteps * kStepTokens == kSliceTokens, "a slice is whole steps");
 
   // Of mma: q stays in registers where it leaves room for the accumulators, else it is read again
   // from shared memory for every tile.
@@ -89,19 +95,19 @@ struct DecodeTraits {
   // The warps' states meet here, 8 rows of every row group at a time. A row is longer than it need be:
   // then the accumulators of a warp go to different banks.
   static constexpr int kMergeRows = kRowGroups * 8;
-  static constexpr int kMergePitch = kHeadDim + (kWarpgroup ? 8 : 4);
+  static constexpr int kMergePitch = kHeadDim + (kWgmma ? 8 : 4);
 
   static constexpr int kMaxStages = 16;
   // With more than one step the keys are still needed when the values are waited for. Else one stage
   // is slow but works: K is released before V needs the room.
-  static constexpr int kFewestStages = kWarpgroup && kSteps > 1 ? 2 : 1;
+  static constexpr int kFewestStages = kWgmma && kSteps > 1 ? 2 : 1;
   // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
   static constexpr int kPageSlots = 8;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
 
   // What the task warp tells the consumers of one segment.
   struct Task {
-    alignas(kWarpgroup ? 1024 : 16) uint8_t q[kRows * kHeadDim * 2];  // swizzled, as in the ring
+    alignas(kWgmma ? 1024 : 16) uint8_t q[kRows * kHeadDim * 2];  // swizzled, as in the ring
     Segment segment;
     int num_rows;        // 0: no more tasks
     Participants units;  // where the segment does not hold its whole item
