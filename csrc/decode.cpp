@@ -372,7 +372,7 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
   return p;
 }
 
-// The number that an environment variable holds behind `prefix`, or 0 where it is not set.
+// The number that is all of `text`, the value of an environment variable or its end.
 int forced_number(const Checker& check, const char* variable, std::string_view text) {
   int number = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
