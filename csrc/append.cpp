@@ -54,13 +54,7 @@ void for_each_tensor(const Arguments& a, Visit visit) {
 }
 
 void check_devices(const Checker& check, const Arguments& a) {
-#ifdef LEANATTN_WITH_CUDA
-  check.require(a.k.is_cpu() || a.k.is_cuda(), "k", "must be on cpu or cuda, got ",
-                device_string(a.k));
-#else
-  check.require(a.k.is_cpu(), "k", "is on ", device_string(a.k),
-                ", but leanattn was built without CUDA; allowed is cpu");
-#endif
+  check.supported_device(a.k, "k");
   for_each_tensor(a,
                   [&](const Tensor& t, const char* name) { check.same_device(t, name, a.k, "k"); });
 }

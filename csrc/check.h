@@ -45,6 +45,8 @@ class Checker {
   }
 
   void dtype(const Tensor& t, const char* argument, ScalarType wanted) const;
+  // One that this build has code for.
+  void supported_device(const Tensor& t, const char* argument) const;
   // `other` is the tensor that decides, under the name `other_name`.
   void same_device(const Tensor& t, const char* argument, const Tensor& other,
                    const char* other_name = "q") const;

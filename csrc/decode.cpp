@@ -82,13 +82,7 @@ ElementType check_dtypes(const Checker& check, const Arguments& a) {
 }
 
 void check_devices(const Checker& check, const Arguments& a) {
-#ifdef LEANATTN_WITH_CUDA
-  check.require(a.q.is_cpu() || a.q.is_cuda(), "q", "must be on cpu or cuda, got ",
-                device_string(a.q));
-#else
-  check.require(a.q.is_cpu(), "q", "is on ", device_string(a.q),
-                ", but leanattn was built without CUDA; allowed is cpu");
-#endif
+  check.supported_device(a.q, "q");
   check.same_device(a.k_cache, "k_cache", a.q);
   check.same_device(a.v_cache, "v_cache", a.q);
   const auto optional = [&](const OptionalTensor& t, const char* name) {
