@@ -3,7 +3,6 @@
 #include "append.h"
 
 #include <algorithm>
-#include <limits>
 
 #include <torch/csrc/stable/device.h>
 
@@ -28,8 +27,6 @@ struct Arguments {
   bool interleaved;
   OptionalTensor cu_seqlens, k_scale, v_scale;
 };
-
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 // --- Checks --------------------------------------------------------------------------------------
 

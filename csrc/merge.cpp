@@ -3,7 +3,6 @@
 #include "merge.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include <torch/csrc/stable/device.h>
@@ -19,8 +18,6 @@
 
 namespace leanattn {
 namespace {
-
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 ElementType check_arguments(const Checker& check, const Tensor& outs, const Tensor& lses) {
   check.supported_device(outs, "outs");
