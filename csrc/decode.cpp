@@ -18,6 +18,7 @@
 #include "torch_parallel_for.h"
 #include "tree_fold.h"
 #include "value_checks.h"
+#include "workspace.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
@@ -173,55 +174,34 @@ void check_tiles(const Checker& check, const DecodeParams& p) {
 
 // --- Workspace -----------------------------------------------------------------------------------
 
-int64_t round_up(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
-
-// Counters, stats and o of the partials, in one allocation; none where no partial goes through it.
+// What plan_workspace says, in one allocation; none where it says nothing.
 struct Workspace {
   std::optional<Tensor> memory;
-  int num_counters;
-  bool owns_counters;
+  bool has_counters;
 };
 
-// Whether the layout, whatever the lengths are, merges in registers and shared memory alone. A fixed
-// tree keeps states in the workspace even where no item is cut.
-bool stays_on_chip(const DecodeParams& p) {
-  if (p.batch_invariant) return false;
-  const bool teams_for_sure = has_teams(p.layout) && (p.is_uniform || p.problem.batch == 1);
-  return teams_for_sure && (p.is_clustered || p.layout.team_size == 1);
-}
-
 Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
-  const Problem& problem = p.problem;
-  // See counter_index: with few items, each has its own counter.
-  int64_t num_counters = p.layout.num_units;
-  if (!problem.cu_seqlens_q) {
-    const int64_t items = int64_t{problem.batch} * problem.num_heads_kv * problem.row_blocks;
-    p.counter_per_item = items <= num_counters;
-    num_counters = std::min(num_counters, items);
-  }
+  p.counter_per_item = has_counter_per_item(p);
   if (a.counters) {
-    check.require(a.counters->numel() >= num_counters, "counters", "must have at least ",
-                  num_counters, " elements for this call, got ", a.counters->numel());
+    check.require(a.counters->numel() >= num_counters(p), "counters", "must have at least ",
+                  num_counters(p), " elements for this call, got ", a.counters->numel());
+    p.counters = static_cast<int32_t*>(a.counters->mutable_data_ptr());
   }
-  if (stays_on_chip(p)) return {std::nullopt, 0, false};
-  const int64_t rows = int64_t{p.layout.num_units} * 2 * p.max_nodes * problem.rows_per_item;
-  const int64_t counter_bytes = a.counters ? 0 : round_up(num_counters * 4);
-  const int64_t stats_bytes = round_up(rows * 2 * 4);
-  const int64_t o_bytes = round_up(rows * p.head_dim_v * 4);
-  // See DecodeParams::fold_states: half as many levels as nodes.
-  const int64_t quads = padded_head_dim(std::max(p.head_dim, p.head_dim_v)) / 4;
-  const int64_t fold_bytes =
-      p.batch_invariant && !a.q.is_cpu() ? rows / 4 * quads * int64_t{sizeof(SoftmaxState<4>)} : 0;
-  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes + fold_bytes},
-                                           ScalarType::Byte, std::nullopt, a.q.device()),
-                      static_cast<int>(num_counters), !a.counters};
-  char* memory = static_cast<char*>(workspace.memory->mutable_data_ptr());
-  p.counters = a.counters ? static_cast<int32_t*>(a.counters->mutable_data_ptr())
-                          : reinterpret_cast<int32_t*>(memory);
-  p.partial_stats = reinterpret_cast<float*>(memory + counter_bytes);
-  p.partial_o = reinterpret_cast<float*>(memory + counter_bytes + stats_bytes);
-  p.fold_states =
-      reinterpret_cast<SoftmaxState<4>*>(memory + counter_bytes + stats_bytes + o_bytes);
+  const WorkspacePlan plan = plan_workspace(p, !a.counters, a.q.is_cuda());
+  Workspace workspace{std::nullopt, plan.counters > 0};
+  if (plan.size() == 0) return workspace;
+  workspace.memory =
+      torch::stable::empty({plan.size()}, ScalarType::Byte, std::nullopt, a.q.device());
+  char* next = static_cast<char*>(workspace.memory->mutable_data_ptr());
+  const auto take = [&](int64_t bytes) -> void* {
+    char* part = bytes > 0 ? next : nullptr;
+    next += bytes;
+    return part;
+  };
+  if (!a.counters) p.counters = static_cast<int32_t*>(take(plan.counters));
+  p.partial_stats = static_cast<float*>(take(plan.partial_stats));
+  p.partial_o = static_cast<float*>(take(plan.partial_o));
+  p.fold_states = static_cast<SoftmaxState<4>*>(take(plan.fold_states));
   return workspace;
 }
 
@@ -310,7 +290,7 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   plan_layout(check, p, device);
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
-  launch_decode(p, workspace.num_counters, workspace.owns_counters, device, stream);
+  launch_decode(p, num_counters(p), workspace.has_counters, device, stream);
 }
 #endif
 
