@@ -152,12 +152,21 @@ std::string_view environment(const char* variable) {
   return text ? text : "";
 }
 
+// LEANATTN_LAYOUT must not name another layout where `reason` leaves stream-K alone.
+void check_stream_k(const Checker& check, const char* reason) {
+  const std::string_view forced = environment("LEANATTN_LAYOUT");
+  check.require(forced.empty() || forced == "stream_k", "LEANATTN_LAYOUT",
+                "must be 'stream_k' or unset with ", reason, ", got '", forced, "'");
+}
+
 Layout stream_k_layout(const Checker& check, const Problem& problem, int available) {
   const std::string_view forced = environment("LEANATTN_NUM_UNITS");
-  const int units = forced.empty()
-                        ? static_cast<int>(std::clamp<int64_t>(max_tiles(problem), 1, available))
-                        : forced_number(check, "LEANATTN_NUM_UNITS", forced);
-  return {units, 0, 1, 0, 0};
+  if (forced.empty()) {
+    const int64_t units = std::clamp<int64_t>(max_tiles(problem), 1, available);
+    return {static_cast<int>(units), 0, 1, 0, 0};
+  }
+  check_stream_k(check, "LEANATTN_NUM_UNITS");
+  return {forced_number(check, "LEANATTN_NUM_UNITS", forced), 0, 1, 0, 0};
 }
 
 void set_rows_per_item(Problem& problem, int rows) {
@@ -253,8 +262,9 @@ void plan_layout(const Checker& check, DecodeParams& p, int device) {
   const Machine machine = machine_for(p, device);
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
-  // Teams need as many items in every sequence.
-  if (!problem.cu_seqlens_q && environment("LEANATTN_NUM_UNITS").empty()) {
+  if (problem.cu_seqlens_q) {
+    check_stream_k(check, "cu_seqlens_q");  // teams need as many items in every sequence
+  } else if (environment("LEANATTN_NUM_UNITS").empty()) {
     const Items items = items_of(p);
     const std::string_view forced = environment("LEANATTN_LAYOUT");
     Machine choosable = machine;
