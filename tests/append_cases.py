@@ -33,9 +33,9 @@ def new_tokens(k, batch, cu_seqlens):
 
 
 def rotated(row, cos, sin, interleaved):
-    """[H, D] in fp64, the first 2 * len(cos) dims turned."""
+    """[H, D] in fp64, the first 2 * len(cos) dims turned; cos and sin [pairs]."""
     pairs = len(cos)
-    row = row.clone()
+    row, cos, sin = row.double().clone(), cos.double(), sin.double()
     if interleaved:
         first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
     else:
@@ -86,8 +86,8 @@ def expected(
         k_row, v_row = k[index], v[index]
         if cos is not None:
             at = min(position, len(cos) - 1)
-            k_row = rotated(k_row.double(), cos[at].double(), sin[at].double(), interleaved)
-            q_row = rotated(q[index].double(), cos[at].double(), sin[at].double(), interleaved)
+            k_row = rotated(k_row, cos[at], sin[at], interleaved)
+            q_row = rotated(q[index], cos[at], sin[at], interleaved)
             q[index] = q_row.to(q.dtype)
         if position >= capacity:
             continue
