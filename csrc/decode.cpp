@@ -1,5 +1,5 @@
-// From tensors to DecodeParams: allocates, and hands over to the CPU implementation or to the
-// launcher.
+// From checked arguments to DecodeParams: plans the layout, allocates, and hands over to the CPU
+// implementation or to the launcher.
 #include "decode.h"
 
 #include <charconv>
