@@ -3,7 +3,6 @@
 #include "append.h"
 
 #include <algorithm>
-#include <limits>
 
 #include <torch/csrc/stable/device.h>
 
@@ -29,8 +28,6 @@ struct Arguments {
   OptionalTensor cu_seqlens, k_scale, v_scale;
 };
 
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-
 // --- Checks --------------------------------------------------------------------------------------
 
 // Calls visit(tensor, name) for every tensor that is there.
@@ -54,13 +51,7 @@ void for_each_tensor(const Arguments& a, Visit visit) {
 }
 
 void check_devices(const Checker& check, const Arguments& a) {
-#ifdef LEANATTN_WITH_CUDA
-  check.require(a.k.is_cpu() || a.k.is_cuda(), "k", "must be on cpu or cuda, got ",
-                device_string(a.k));
-#else
-  check.require(a.k.is_cpu(), "k", "is on ", device_string(a.k),
-                ", but leanattn was built without CUDA; allowed is cpu");
-#endif
+  check.supported_device(a.k, "k");
   for_each_tensor(a,
                   [&](const Tensor& t, const char* name) { check.same_device(t, name, a.k, "k"); });
 }

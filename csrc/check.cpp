@@ -25,6 +25,15 @@ void Checker::dtype(const Tensor& t, const char* argument, ScalarType wanted) co
           toString(t.scalar_type()));
 }
 
+void Checker::supported_device(const Tensor& t, const char* argument) const {
+#ifdef LEANATTN_WITH_CUDA
+  require(t.is_cpu() || t.is_cuda(), argument, "must be on cpu or cuda, got ", device_string(t));
+#else
+  require(t.is_cpu(), argument, "is on ", device_string(t),
+          ", but leanattn was built without CUDA; allowed is cpu");
+#endif
+}
+
 void Checker::same_device(const Tensor& t, const char* argument, const Tensor& other,
                           const char* other_name) const {
   require(t.device() == other.device(), argument, "must be on ", other_name, "'s device, ",

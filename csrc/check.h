@@ -1,7 +1,9 @@
 // Argument checks: every message names the op, the argument, the value given and what is allowed.
 #pragma once
 
+#include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -15,6 +17,9 @@ namespace leanattn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Sizes are counted in int behind the checks.
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
 template <class Sizes>
 std::string list_string(const Sizes& sizes) {
@@ -45,6 +50,8 @@ class Checker {
   }
 
   void dtype(const Tensor& t, const char* argument, ScalarType wanted) const;
+  // One that this build has code for.
+  void supported_device(const Tensor& t, const char* argument) const;
   // `other` is the tensor that decides, under the name `other_name`.
   void same_device(const Tensor& t, const char* argument, const Tensor& other,
                    const char* other_name = "q") const;

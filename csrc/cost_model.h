@@ -1,8 +1,8 @@
-// Which layout a launch uses: whole items, one item a cluster, or stream-K. All that the choice rests
-// on is here, each constant with what it was measured by; `python -m bench.tune` checks the choice
-// against every other one.
+// Which layout a launch uses: whole items, one item a team or a cluster, or stream-K. All that the
+// choice rests on is here, each constant with where it comes from. None of them has been measured
+// with this kernel yet; `python -m bench.tune` compares the choice with every other one.
 //
-// Host only, no CUDA. Times in us, as differences between layouts: what all layouts pay is left out.
+// Host only, no CUDA. Times in us, as differences between layouts: what all pay is left out.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,6 @@
 
 namespace leanattn {
 
-constexpr int kMaxClusterSize = 8;  // the largest that every device with clusters takes
-
 struct Machine {
   int num_sms;
   double bytes_per_us;  // of its memory
@@ -24,15 +22,15 @@ struct Machine {
   std::array<int, kMaxClusterSize + 1> max_clusters;
 };
 
-// What the fixups of one item cost after its last tile. H200, bench/VERSIONS.md.
-constexpr double kStreamKFixupUs = 2.8;  // partials, ticket, merge, and a second segment's start
-constexpr double kTeamFixupUs = 2.2;     // partials, ticket, merge
-constexpr double kClusterFixupUs =
-    0.9;  // a cluster barrier, and reads of distributed shared memory
+// What the fixups of one item cost after its last tile. Estimates, from an in-kernel timeline and
+// the figures of an earlier kernel, v4 of bench/VERSIONS.md, which had stream-K alone.
+constexpr double kStreamKFixupUs = 2.8;    // partials, ticket, merge, and a second segment's start
+constexpr double kTeamFixupUs = 2.2;       // partials, ticket, merge
+constexpr double kClusterFixupUs = 0.9;    // a cluster barrier, and distributed shared memory
 constexpr double kMergeBytesPerUs = 60e3;  // of partials, by one CTA
 
-// What part of the memory's speed n of all SMs reach: the read floor at 128 MiB with fewer CTAs
-// (H200: 132 SMs 31.0 us, 120 31.3, 112 31.7, 96 33.7, 64 33.9, 48 34.5, 32 38.6).
+// What part of the memory's speed n of all SMs reach, by a prototype that only reads: 128 MiB on an
+// H200 took 132 SMs 31.0 us, 120 31.3, 112 31.7, 96 33.7, 64 33.9, 48 34.5, 32 38.6.
 inline double speed_of(int n, const Machine& machine) {
   constexpr double kPoints[][2] = {{0.00, 0.00}, {0.24, 0.80}, {0.36, 0.90}, {0.48, 0.915},
                                    {0.73, 0.92}, {0.85, 0.98}, {0.97, 1.00}};

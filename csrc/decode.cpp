@@ -1,11 +1,10 @@
-// From tensors to DecodeParams: checks everything that the host can see, allocates, and hands over to
-// the CPU implementation or to the launcher.
+// From checked arguments to DecodeParams: plans the layout, allocates, and hands over to the CPU
+// implementation or to the launcher.
 #include "decode.h"
 
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
-#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -14,10 +13,12 @@
 
 #include "cost_model.h"
 #include "cpu/decode_cpu.h"
+#include "decode_check.h"
 #include "params.h"
 #include "torch_parallel_for.h"
 #include "tree_fold.h"
 #include "value_checks.h"
+#include "workspace.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
@@ -27,248 +28,12 @@
 namespace leanattn {
 namespace {
 
-struct Arguments {
-  Tensor q, k_cache, v_cache;
-  OptionalTensor cache_seqlens, block_table, cu_seqlens_q;
-  std::optional<int64_t> max_seqlen_q;
-  std::optional<double> softmax_scale;
-  bool causal;
-  int64_t window_left, window_right;
-  double softcap;
-  OptionalTensor alibi_slopes, sinks, k_scale, v_scale;
-  bool batch_invariant;
-  OptionalTensor counters;
-};
-
 #define LEANATTN_PACK_ARGUMENTS                                                                 \
-  Arguments {                                                                                   \
+  DecodeArguments {                                                                             \
     q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, softmax_scale, \
         causal, window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale,      \
         batch_invariant, counters                                                               \
   }
-
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-constexpr int64_t kMaxHeadDim = 256;
-
-// --- Checks --------------------------------------------------------------------------------------
-
-// Sequences. With cu_seqlens_q, q does not tell.
-int64_t batch_of(const Arguments& a) {
-  return a.block_table ? a.block_table->size(0) : a.k_cache.size(0);
-}
-
-void check_not_built(const Checker& check, const Arguments& a) {
-  check.require(!a.k_scale, "k_scale", "is not supported yet: got a tensor; allowed is None");
-  check.require(!a.v_scale, "v_scale", "is not supported yet: got a tensor; allowed is None");
-}
-
-ElementType check_dtypes(const Checker& check, const Arguments& a) {
-  const ScalarType type = a.q.scalar_type();
-  const bool sixteen_bit = type == ScalarType::Half || type == ScalarType::BFloat16;
-  check.require(sixteen_bit || (type == ScalarType::Float && a.q.is_cpu()), "q",
-                "must be Half or BFloat16 (Float too on the CPU), got ", toString(type), " on ",
-                device_string(a.q));
-  const auto cache = [&](const Tensor& t, const char* name) {
-    const ScalarType got = t.scalar_type();
-    check.require(got != ScalarType::Float8_e4m3fn && got != ScalarType::Float8_e5m2, name,
-                  "of dtype ", toString(got), " is not supported yet; allowed is q's dtype, ",
-                  toString(type));
-    check.dtype(t, name, type);
-  };
-  cache(a.k_cache, "k_cache");
-  cache(a.v_cache, "v_cache");
-  if (type == ScalarType::Float) return ElementType::kFloat32;
-  return type == ScalarType::Half ? ElementType::kFloat16 : ElementType::kBFloat16;
-}
-
-void check_devices(const Checker& check, const Arguments& a) {
-#ifdef LEANATTN_WITH_CUDA
-  check.require(a.q.is_cpu() || a.q.is_cuda(), "q", "must be on cpu or cuda, got ",
-                device_string(a.q));
-#else
-  check.require(a.q.is_cpu(), "q", "is on ", device_string(a.q),
-                ", but leanattn was built without CUDA; allowed is cpu");
-#endif
-  check.same_device(a.k_cache, "k_cache", a.q);
-  check.same_device(a.v_cache, "v_cache", a.q);
-  const auto optional = [&](const OptionalTensor& t, const char* name) {
-    if (t) check.same_device(*t, name, a.q);
-  };
-  optional(a.cache_seqlens, "cache_seqlens");
-  optional(a.block_table, "block_table");
-  optional(a.cu_seqlens_q, "cu_seqlens_q");
-  optional(a.alibi_slopes, "alibi_slopes");
-  optional(a.sinks, "sinks");
-  optional(a.counters, "counters");
-}
-
-void check_head_dim(const Checker& check, const char* name, int64_t head_dim) {
-  check.require(head_dim <= kMaxHeadDim, name, "has head dim ", head_dim,
-                ", which is not supported yet; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
-  check.require(head_dim >= 8 && head_dim % 8 == 0, name, "has head dim ", head_dim,
-                "; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
-}
-
-void check_block_table(const Checker& check, const Arguments& a) {
-  const Tensor& table = *a.block_table;
-  check.dtype(table, "block_table", ScalarType::Int);
-  check.require(table.dim() == 2, "block_table", "must be [batch, max_pages], got shape ",
-                shape_string(table));
-  check.require(table.size(0) <= kMaxInt, "block_table",
-                "must have fewer than 2^31 rows, got shape ", shape_string(table));
-  check.require(a.k_cache.size(1) >= 1, "k_cache",
-                "must have pages of at least 1 token with block_table, got shape ",
-                shape_string(a.k_cache));
-}
-
-void check_shapes(const Checker& check, const Arguments& a) {
-  const int64_t q_dims = a.q.dim();
-  if (a.cu_seqlens_q) {
-    check.require(q_dims == 3, "q",
-                  "must be [total_q, num_heads_q, head_dim] with cu_seqlens_q, got shape ",
-                  shape_string(a.q));
-  } else {
-    check.require(q_dims == 3 || q_dims == 4, "q",
-                  "must be [batch, seqlen_q, num_heads_q, head_dim] or [batch, num_heads_q, "
-                  "head_dim], got shape ",
-                  shape_string(a.q));
-  }
-  const char* rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
-  check.require(a.k_cache.dim() == 4, "k_cache", "must be ", rows,
-                ", num_heads_kv, head_dim], got shape ", shape_string(a.k_cache));
-  check.require(a.v_cache.dim() == 4, "v_cache", "must be ", rows,
-                ", num_heads_kv, head_dim_v], got shape ", shape_string(a.v_cache));
-  if (a.block_table) check_block_table(check, a);
-  const int64_t batch = batch_of(a);
-  const int64_t heads_q = a.q.size(q_dims - 2);
-  const int64_t heads_kv = a.k_cache.size(2);
-  const int64_t head_dim = a.q.size(q_dims - 1);
-  const int64_t head_dim_v = a.v_cache.size(3);
-  check_head_dim(check, "q", head_dim);
-  check_head_dim(check, "v_cache", head_dim_v);
-  if (!a.cu_seqlens_q) {
-    check.require(a.q.size(0) == batch, "q", "must have ",
-                  a.block_table ? "block_table's" : "k_cache's", " batch, ", batch, ", got ",
-                  a.q.size(0));
-  }
-  check.require(a.k_cache.size(3) == head_dim, "k_cache", "must have q's head dim, ", head_dim,
-                ", got ", a.k_cache.size(3));
-  check.shape(a.v_cache, "v_cache",
-              a.block_table ? "[num_pages, page_size, num_heads_kv, head_dim_v] like k_cache's"
-                            : "[batch, seqlen, num_heads_kv, head_dim_v] like k_cache's",
-              {a.k_cache.size(0), a.k_cache.size(1), heads_kv, head_dim_v});
-  check.require(heads_kv >= 1, "k_cache", "must have at least one head, got ", heads_kv);
-  check.require(heads_q >= 1 && heads_q % heads_kv == 0, "q", "must have a multiple of k_cache's ",
-                heads_kv, " heads, got ", heads_q);
-  check.require(a.k_cache.size(0) <= kMaxInt && a.k_cache.size(1) <= kMaxInt, "k_cache",
-                a.block_table ? "must have fewer than 2^31 pages and tokens each, got shape "
-                              : "must have fewer than 2^31 sequences and tokens each, got shape ",
-                shape_string(a.k_cache));
-  // Query rows are counted in int.
-  int64_t query_rows = heads_q;
-  for (int64_t i = 0; i < q_dims - 2; ++i) query_rows *= a.q.size(i);
-  check.require(query_rows <= kMaxInt, "q", "must have fewer than 2^31 rows in all, got shape ",
-                shape_string(a.q));
-}
-
-void check_optional_tensors(const Checker& check, const Arguments& a) {
-  const int64_t batch = batch_of(a);
-  const int64_t heads_q = a.q.size(a.q.dim() - 2);
-  if (a.cache_seqlens) {
-    check.dtype(*a.cache_seqlens, "cache_seqlens", ScalarType::Int);
-    check.shape(*a.cache_seqlens, "cache_seqlens",
-                a.block_table ? "[batch] with block_table's batch" : "[batch]", {batch});
-  }
-  if (a.cu_seqlens_q) {
-    check.dtype(*a.cu_seqlens_q, "cu_seqlens_q", ScalarType::Int);
-    check.shape(*a.cu_seqlens_q, "cu_seqlens_q",
-                a.block_table ? "[batch + 1] with block_table's batch" : "[batch + 1]",
-                {batch + 1});
-  }
-  if (a.alibi_slopes) {
-    check.dtype(*a.alibi_slopes, "alibi_slopes", ScalarType::Float);
-    if (a.alibi_slopes->dim() == 1) {
-      check.shape(*a.alibi_slopes, "alibi_slopes", "[num_heads_q] or [batch, num_heads_q]",
-                  {heads_q});
-    } else {
-      check.shape(*a.alibi_slopes, "alibi_slopes", "[num_heads_q] or [batch, num_heads_q]",
-                  {batch, heads_q});
-    }
-  }
-  if (a.sinks) {
-    check.dtype(*a.sinks, "sinks", ScalarType::Float);
-    check.shape(*a.sinks, "sinks", "[num_heads_q]", {heads_q});
-  }
-  if (a.counters) {
-    check.dtype(*a.counters, "counters", ScalarType::Int);
-    check.require(a.counters->dim() == 1 && a.counters->is_contiguous(), "counters",
-                  "must be 1-D and contiguous, got shape ", shape_string(*a.counters),
-                  " and strides ", list_string(a.counters->strides()));
-  }
-}
-
-void check_scalars(const Checker& check, const Arguments& a) {
-  // Scores are fp32.
-  const auto finite = [](double value) { return std::isfinite(static_cast<float>(value)); };
-  if (a.softmax_scale) {
-    check.require(finite(*a.softmax_scale), "softmax_scale", "must be a finite fp32 number, got ",
-                  *a.softmax_scale);
-  }
-  check.require(finite(a.softcap) && a.softcap >= 0, "softcap",
-                "must be a finite fp32 number >= 0 (0 is off), got ", a.softcap);
-  check.require(a.window_left >= -1, "window_left", "must be >= -1 (-1 is no limit), got ",
-                a.window_left);
-  check.require(a.window_right >= -1, "window_right", "must be >= -1 (-1 is no limit), got ",
-                a.window_right);
-  check.require(!a.causal || a.window_right <= 0, "window_right",
-                "must be -1 or 0 when causal is True, got ", a.window_right);
-  if (a.max_seqlen_q) {
-    check.require(a.cu_seqlens_q.has_value(), "max_seqlen_q", "goes with cu_seqlens_q only, got ",
-                  *a.max_seqlen_q, " without it");
-    check.require(*a.max_seqlen_q >= 0, "max_seqlen_q", "must be >= 0, got ", *a.max_seqlen_q);
-  }
-}
-
-void check_out(const Checker& check, const Arguments& a, const Tensor& out,
-               const OptionalTensor& lse) {
-  std::vector<int64_t> shape(a.q.sizes().begin(), a.q.sizes().end());
-  const auto check_shape = [&](const Tensor& t, const char* name, const char* text) {
-    const auto sizes = t.sizes();
-    const bool equal =
-        sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
-    check.require(equal, name, "must have shape ", text, " = ", list_string(shape), ", got ",
-                  shape_string(t));
-    for (int64_t i = 0; i < t.dim(); ++i) {
-      check.require(t.size(i) <= 1 || t.stride(i) != 0, name,
-                    "must not overlap itself, got strides ", list_string(t.strides()));
-    }
-  };
-  shape.back() = a.v_cache.size(3);
-  check.dtype(out, "out", a.q.scalar_type());
-  check.same_device(out, "out", a.q);
-  check_shape(out, "out", "q's with v_cache's head dim");
-  if (out.is_cuda()) check.cuda_layout(out, "out");
-  if (!lse) return;
-  shape.pop_back();
-  check.dtype(*lse, "lse", ScalarType::Float);
-  check.same_device(*lse, "lse", a.q);
-  check_shape(*lse, "lse", "q's without the head dim");
-}
-
-ElementType check_arguments(const Checker& check, const Arguments& a) {
-  check_not_built(check, a);
-  check_devices(check, a);
-  const ElementType type = check_dtypes(check, a);
-  check_shapes(check, a);
-  check_optional_tensors(check, a);
-  check_scalars(check, a);
-  if (a.q.is_cuda()) {
-    check.cuda_layout(a.q, "q");
-    check.cuda_layout(a.k_cache, "k_cache");
-    check.cuda_layout(a.v_cache, "v_cache");
-  }
-  return type;
-}
 
 // --- Parameters ----------------------------------------------------------------------------------
 
@@ -284,14 +49,14 @@ const float* float_data(const OptionalTensor& t) {
 }
 
 // Tokens that a sequence can hold. Lengths are int32, so more than that cannot be used.
-int capacity_of(const Arguments& a) {
+int capacity_of(const DecodeArguments& a) {
   if (!a.block_table) return static_cast<int>(a.k_cache.size(1));
   if (a.k_cache.size(0) == 0) return 0;
   const int64_t max_pages = std::min(a.block_table->size(1), kMaxInt);
   return static_cast<int>(std::min(max_pages * a.k_cache.size(1), kMaxInt));
 }
 
-DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out,
+DecodeParams make_params(const DecodeArguments& a, ElementType type, const Tensor& out,
                          const OptionalTensor& lse) {
   DecodeParams p{};
   const int64_t q_dims = a.q.dim();
@@ -372,7 +137,7 @@ DecodeParams make_params(const Arguments& a, ElementType type, const Tensor& out
   return p;
 }
 
-// The number that an environment variable holds behind `prefix`, or 0 where it is not set.
+// The number that is all of `text`, the value of an environment variable or its end.
 int forced_number(const Checker& check, const char* variable, std::string_view text) {
   int number = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
@@ -387,12 +152,21 @@ std::string_view environment(const char* variable) {
   return text ? text : "";
 }
 
+// LEANATTN_LAYOUT must not name another layout where `reason` leaves stream-K alone.
+void check_stream_k(const Checker& check, const char* reason) {
+  const std::string_view forced = environment("LEANATTN_LAYOUT");
+  check.require(forced.empty() || forced == "stream_k", "LEANATTN_LAYOUT",
+                "must be 'stream_k' or unset with ", reason, ", got '", forced, "'");
+}
+
 Layout stream_k_layout(const Checker& check, const Problem& problem, int available) {
   const std::string_view forced = environment("LEANATTN_NUM_UNITS");
-  const int units = forced.empty()
-                        ? static_cast<int>(std::clamp<int64_t>(max_tiles(problem), 1, available))
-                        : forced_number(check, "LEANATTN_NUM_UNITS", forced);
-  return {units, 0, 1, 0, 0};
+  if (forced.empty()) {
+    const int64_t units = std::clamp<int64_t>(max_tiles(problem), 1, available);
+    return {static_cast<int>(units), 0, 1, 0, 0};
+  }
+  check_stream_k(check, "LEANATTN_NUM_UNITS");
+  return {forced_number(check, "LEANATTN_NUM_UNITS", forced), 0, 1, 0, 0};
 }
 
 void set_rows_per_item(Problem& problem, int rows) {
@@ -409,61 +183,40 @@ void check_tiles(const Checker& check, const DecodeParams& p) {
 
 // --- Workspace -----------------------------------------------------------------------------------
 
-int64_t round_up(int64_t bytes) { return ceil_div<int64_t>(bytes, 256) * 256; }
-
-// Counters, stats and o of the partials, in one allocation; none where no partial goes through it.
+// What plan_workspace says, in one allocation; none where it says nothing.
 struct Workspace {
   std::optional<Tensor> memory;
-  int num_counters;
-  bool owns_counters;
+  bool has_counters;
 };
 
-// Whether the layout, whatever the lengths are, merges in registers and shared memory alone. A fixed
-// tree keeps states in the workspace even where no item is cut.
-bool stays_on_chip(const DecodeParams& p) {
-  if (p.batch_invariant) return false;
-  const bool teams_for_sure = has_teams(p.layout) && (p.is_uniform || p.problem.batch == 1);
-  return teams_for_sure && (p.is_clustered || p.layout.team_size == 1);
-}
-
-Workspace make_workspace(const Checker& check, const Arguments& a, DecodeParams& p) {
-  const Problem& problem = p.problem;
-  // See counter_index: with few items, each has its own counter.
-  int64_t num_counters = p.layout.num_units;
-  if (!problem.cu_seqlens_q) {
-    const int64_t items = int64_t{problem.batch} * problem.num_heads_kv * problem.row_blocks;
-    p.counter_per_item = items <= num_counters;
-    num_counters = std::min(num_counters, items);
-  }
+Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
+  p.counter_per_item = has_counter_per_item(p);
   if (a.counters) {
-    check.require(a.counters->numel() >= num_counters, "counters", "must have at least ",
-                  num_counters, " elements for this call, got ", a.counters->numel());
+    check.require(a.counters->numel() >= num_counters(p), "counters", "must have at least ",
+                  num_counters(p), " elements for this call, got ", a.counters->numel());
+    p.counters = static_cast<int32_t*>(a.counters->mutable_data_ptr());
   }
-  if (stays_on_chip(p)) return {std::nullopt, 0, false};
-  const int64_t rows = int64_t{p.layout.num_units} * 2 * p.max_nodes * problem.rows_per_item;
-  const int64_t counter_bytes = a.counters ? 0 : round_up(num_counters * 4);
-  const int64_t stats_bytes = round_up(rows * 2 * 4);
-  const int64_t o_bytes = round_up(rows * p.head_dim_v * 4);
-  // See DecodeParams::fold_states: half as many levels as nodes.
-  const int64_t quads = padded_head_dim(std::max(p.head_dim, p.head_dim_v)) / 4;
-  const int64_t fold_bytes =
-      p.batch_invariant && !a.q.is_cpu() ? rows / 4 * quads * int64_t{sizeof(SoftmaxState<4>)} : 0;
-  Workspace workspace{torch::stable::empty({counter_bytes + stats_bytes + o_bytes + fold_bytes},
-                                           ScalarType::Byte, std::nullopt, a.q.device()),
-                      static_cast<int>(num_counters), !a.counters};
-  char* memory = static_cast<char*>(workspace.memory->mutable_data_ptr());
-  p.counters = a.counters ? static_cast<int32_t*>(a.counters->mutable_data_ptr())
-                          : reinterpret_cast<int32_t*>(memory);
-  p.partial_stats = reinterpret_cast<float*>(memory + counter_bytes);
-  p.partial_o = reinterpret_cast<float*>(memory + counter_bytes + stats_bytes);
-  p.fold_states =
-      reinterpret_cast<SoftmaxState<4>*>(memory + counter_bytes + stats_bytes + o_bytes);
+  const WorkspacePlan plan = plan_workspace(p, !a.counters, a.q.is_cuda());
+  Workspace workspace{std::nullopt, plan.counters > 0};
+  if (plan.size() == 0) return workspace;
+  workspace.memory =
+      torch::stable::empty({plan.size()}, ScalarType::Byte, std::nullopt, a.q.device());
+  char* next = static_cast<char*>(workspace.memory->mutable_data_ptr());
+  const auto take = [&](int64_t bytes) -> void* {
+    char* part = bytes > 0 ? next : nullptr;
+    next += bytes;
+    return part;
+  };
+  if (!a.counters) p.counters = static_cast<int32_t*>(take(plan.counters));
+  p.partial_stats = static_cast<float*>(take(plan.partial_stats));
+  p.partial_o = static_cast<float*>(take(plan.partial_o));
+  p.fold_states = static_cast<SoftmaxState<4>*>(take(plan.fold_states));
   return workspace;
 }
 
 // --- Running -------------------------------------------------------------------------------------
 
-void run_cpu(const Checker& check, const Arguments& a, DecodeParams& p) {
+void run_cpu(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   // As many rows as a query tile of the largest kernel: K is converted once for all of them.
   set_rows_per_item(p.problem, 64);
   check_tiles(check, p);
@@ -509,8 +262,9 @@ void plan_layout(const Checker& check, DecodeParams& p, int device) {
   const Machine machine = machine_for(p, device);
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
-  // Teams need as many items in every sequence.
-  if (!problem.cu_seqlens_q && environment("LEANATTN_NUM_UNITS").empty()) {
+  if (problem.cu_seqlens_q) {
+    check_stream_k(check, "cu_seqlens_q");  // teams need as many items in every sequence
+  } else if (environment("LEANATTN_NUM_UNITS").empty()) {
     const Items items = items_of(p);
     const std::string_view forced = environment("LEANATTN_LAYOUT");
     Machine choosable = machine;
@@ -529,7 +283,7 @@ void plan_layout(const Checker& check, DecodeParams& p, int device) {
   if (p.is_uniform) p.uniform = make_uniform_line(problem, p.layout.num_units);
 }
 
-void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
+void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   const int device = a.q.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_cuda_stream(device);
@@ -546,11 +300,11 @@ void run_cuda(const Checker& check, const Arguments& a, DecodeParams& p) {
   plan_layout(check, p, device);
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
-  launch_decode(p, workspace.num_counters, workspace.owns_counters, device, stream);
+  launch_decode(p, num_counters(p), workspace.has_counters, device, stream);
 }
 #endif
 
-void run(const Checker& check, const Arguments& a, ElementType type, const Tensor& out,
+void run(const Checker& check, const DecodeArguments& a, ElementType type, const Tensor& out,
          const OptionalTensor& lse) {
   if (out.numel() == 0) return;
   DecodeParams params = make_params(a, type, out, lse);
@@ -560,7 +314,7 @@ void run(const Checker& check, const Arguments& a, ElementType type, const Tenso
 #endif
 }
 
-Tensor empty_like_query(const Arguments& a, int64_t last, bool with_last, ScalarType type) {
+Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, ScalarType type) {
   std::vector<int64_t> shape(a.q.sizes().begin(), a.q.sizes().end());
   if (with_last) {
     shape.back() = last;
@@ -570,17 +324,19 @@ Tensor empty_like_query(const Arguments& a, int64_t last, bool with_last, Scalar
   return torch::stable::empty(shape, type, std::nullopt, a.q.device());
 }
 
-Tensor make_out(const Arguments& a) {
+Tensor make_out(const DecodeArguments& a) {
   return empty_like_query(a, a.v_cache.size(3), true, a.q.scalar_type());
 }
 
-Tensor make_lse(const Arguments& a) { return empty_like_query(a, 0, false, ScalarType::Float); }
+Tensor make_lse(const DecodeArguments& a) {
+  return empty_like_query(a, 0, false, ScalarType::Float);
+}
 
 }  // namespace
 
 Tensor decode(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode");
-  const Arguments arguments = LEANATTN_PACK_ARGUMENTS;
+  const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   const ElementType type = check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
   run(check, arguments, type, out, std::nullopt);
@@ -589,7 +345,7 @@ Tensor decode(LEANATTN_DECODE_ARGUMENTS) {
 
 std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode_with_lse");
-  const Arguments arguments = LEANATTN_PACK_ARGUMENTS;
+  const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   const ElementType type = check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
   const Tensor lse = make_lse(arguments);
@@ -599,7 +355,7 @@ std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS) {
 
 void decode_out(LEANATTN_DECODE_ARGUMENTS, Tensor out) {
   const Checker check("decode_out");
-  const Arguments arguments = LEANATTN_PACK_ARGUMENTS;
+  const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   const ElementType type = check_arguments(check, arguments);
   check_out(check, arguments, out, std::nullopt);
   run(check, arguments, type, out, std::nullopt);
@@ -607,7 +363,7 @@ void decode_out(LEANATTN_DECODE_ARGUMENTS, Tensor out) {
 
 void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
   const Checker check("decode_with_lse_out");
-  const Arguments arguments = LEANATTN_PACK_ARGUMENTS;
+  const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   const ElementType type = check_arguments(check, arguments);
   check_out(check, arguments, out, lse);
   run(check, arguments, type, out, lse);

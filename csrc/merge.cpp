@@ -3,7 +3,6 @@
 #include "merge.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include <torch/csrc/stable/device.h>
@@ -20,16 +19,8 @@
 namespace leanattn {
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
-
 ElementType check_arguments(const Checker& check, const Tensor& outs, const Tensor& lses) {
-#ifdef LEANATTN_WITH_CUDA
-  check.require(outs.is_cpu() || outs.is_cuda(), "outs", "must be on cpu or cuda, got ",
-                device_string(outs));
-#else
-  check.require(outs.is_cpu(), "outs", "is on ", device_string(outs),
-                ", but leanattn was built without CUDA; allowed is cpu");
-#endif
+  check.supported_device(outs, "outs");
   check.same_device(lses, "lses", outs, "outs");
   const ScalarType type = outs.scalar_type();
   check.require(

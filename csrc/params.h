@@ -55,8 +55,8 @@ struct DecodeParams {
   bool batch_invariant;
   int max_nodes;  // partials that a segment leaves at most: 1, or what tree_fold.h says
 
-  // The fixup's memory. Slots 0 and 1 of a unit hold the partials of a segment each: see schedule.h.
-  // All null where the layout leaves no partials in global memory.
+  // The fixup's memory; null where the layout leaves no partials in global memory: workspace.h.
+  // Slots 0 and 1 of a unit hold the partials of a segment each: schedule.h.
   float* partial_o;      // [layout.num_units, 2, max_nodes, rows_per_item, Dv]
   float* partial_stats;  // [layout.num_units, 2, max_nodes, rows_per_item, 2]: max, sum
   // Batch-invariant only: states that wait for their sibling in the tree.

@@ -196,6 +196,9 @@ LEANATTN_HD int64_t max_tiles(const Problem& p) {
 
 // --- Who takes what ----------------------------------------------------------------------------
 
+// CTAs that a cluster has at most: the most that every device with clusters takes.
+constexpr int kMaxClusterSize = 8;
+
 // How a launch lays the items on its units. Units team * team_size + rank form a team.
 struct Layout {
   int num_units;

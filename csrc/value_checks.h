@@ -1,5 +1,6 @@
-// LEANATTN_CHECK=1: lengths and page ids that the ops would clamp raise instead. For finding bugs in a caller; on
-// CUDA it costs a copy and a sync a call, so it is off by default and ignored during graph capture.
+// LEANATTN_CHECK=1: lengths, offsets and page ids that the ops would clamp raise instead. For
+// finding bugs in a caller; on CUDA it costs copies and syncs, so it is off by default and ignored
+// during graph capture.
 #pragma once
 
 #include <cstdint>

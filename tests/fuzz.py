@@ -3,9 +3,7 @@
     python tests/fuzz.py --cases 5000 --device cuda --jobs 8     many cases, and a table
     python tests/fuzz.py --seed 0 --case 17 --device cuda        one of them again
 
-A case is made from (seed, number, device) alone; see fuzz_case.py. What a library does not build
-yet says "not supported"; such a case is counted apart, and is a failure unless it uses one of the
-features in NOT_BUILT.
+A case is made from (seed, number, device) alone; see fuzz_case.py.
 """
 
 import argparse
@@ -15,7 +13,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import re
 import sys
 import time
 
@@ -24,9 +21,6 @@ from fuzz_case import INT32_MAX, Memory, build, dense, draw, take_back_last_rows
 from reference import assert_close, assert_same_bits
 
 import leanattn
-
-# Features that may still say "not supported". Take a name out when its feature is built.
-NOT_BUILT = set()
 
 FEATURES = {
     **{dtype: lambda case, dtype=dtype: case.dtype == dtype for dtype in ("fp16", "bf16", "fp32")},
@@ -99,10 +93,6 @@ FEATURES = {
 
 def unlike_plain(layout):
     return any(layout.before) or layout.order != tuple(sorted(layout.order))
-
-
-class NotSupported(Exception):
-    """A case that uses a feature which is not built yet."""
 
 
 def decode_with_lse(**arguments):
@@ -201,21 +191,15 @@ def assert_same_under_other_units(case, arguments, out, lse):
 
 
 def check(case, implementation=decode_with_lse, append=append_kv):
-    """Raises what is wrong: AssertionError, NotSupported, or whatever the op itself raised."""
+    """Raises what is wrong: AssertionError, or whatever the op itself raised."""
     inputs = build(case)
     arguments = moved(inputs, case.device)
     if case.counters:
         arguments["counters"] = leanattn.counters(case.device, 1024)
     with environment(case):
-        try:
-            if case.appended is not None:
-                append(**take_back_last_rows(case, inputs, arguments))
-            out, lse = implementation(**arguments)
-        except (RuntimeError, ValueError) as error:
-            used = [feature for feature in sorted(NOT_BUILT) if FEATURES[feature](case)]
-            if "not supported" in str(error) and used:
-                raise NotSupported(error) from None
-            raise
+        if case.appended is not None:
+            append(**take_back_last_rows(case, inputs, arguments))
+        out, lse = implementation(**arguments)
         assert_close(out.cpu(), lse.cpu(), **dense(inputs))
         assert_inputs_unchanged(arguments, inputs)
         if implementation is decode_with_lse:
@@ -229,34 +213,24 @@ def check(case, implementation=decode_with_lse, append=append_kv):
             assert (arguments["counters"] == 0).all(), "counters are not zero after the call"
 
 
-def reason(error):
-    """What is not supported: the message from the argument's name on, without its values."""
-    text = str(error).split("leanattn::", 1)[-1].splitlines()[0].partition(": ")[2]
-    return re.sub(r"\d+", "N", text)[:80]
-
-
 @dataclasses.dataclass
 class Tally:
     """What came of many cases."""
 
     cases: int = 0
     passed: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    not_supported: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     failures: list = dataclasses.field(default_factory=list)
 
     def add(self, other):
         self.cases += other.cases
         self.passed += other.passed
-        self.not_supported += other.not_supported
         self.failures += other.failures
 
     def table(self):
         """Counts of cases, and of those passed by feature."""
         lines = [f"{name:<32}{count:>7}" for name, count in (
-            ("cases", self.cases), ("passed", self.passed["all"]),
-            ("not supported", sum(self.not_supported.values())), ("failed", len(self.failures)),
+            ("cases", self.cases), ("passed", self.passed["all"]), ("failed", len(self.failures)),
         )]  # fmt: skip
-        lines += [f"  {count:>5} {why}" for why, count in self.not_supported.most_common()]
         lines.append("passed cases with")
         lines += [f"  {name:<30}{self.passed[name]:>7}" for name in FEATURES]
         return "\n".join(lines)
@@ -294,8 +268,6 @@ def run(seed, indices, device="cpu", implementation=decode_with_lse, append=appe
         tally.cases += 1
         try:
             check(case, implementation, append)
-        except NotSupported as error:
-            tally.not_supported[reason(error)] += 1
         except Exception as error:
             tally.failures.append(describe(case, error))
             if "CUDA error" in str(error):
@@ -338,7 +310,7 @@ def main():
         print(tally.table())
         print(f"{time.perf_counter() - start:.1f} s, seed {options.seed}, {options.device}")
     elif not tally.failures:
-        print("passed" if tally.passed else f"not supported: {next(iter(tally.not_supported))}")
+        print("passed")
     sys.exit(1 if tally.failures else 0)
 
 

@@ -7,8 +7,8 @@ What each call must give is checked too. Run it with --tool synccheck and racech
 """
 
 import torch
+from append_cases import BAD_LENGTHS, check, make_call
 from cases import int32
-from test_append import BAD_LENGTHS, check, make_call
 from test_merge import assert_merged, states
 
 SHAPES = [

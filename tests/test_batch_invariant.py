@@ -334,3 +334,19 @@ def test_batch_invariant_workspace(head_dim, group_size, device):
     nodes = 2 * (1 + math.ceil(math.log2(tiles)))
     rows = 8 if group_size <= 8 else 16
     assert 0 < used <= units * nodes * rows * (11 * head_dim + 16) + 4096
+
+
+@pytest.mark.gpu
+def test_whole_items_take_memory_for_waiting_states_alone(device, monkeypatch):
+    """Six items that nobody cuts, on six units: neither partials nor tickets."""
+    monkeypatch.setenv("LEANATTN_LAYOUT", "teams:1")
+    q = torch.zeros(3, 2, 128, dtype=torch.bfloat16, device=device)
+    k, v = (torch.zeros(3, 20000, 2, 128, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out = torch.empty_like(q)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    leanattn.decode(q, k, v, batch_invariant=True, out=out)
+    used = torch.cuda.max_memory_allocated() - before
+    levels = 1 + math.ceil(math.log2(157))
+    assert 0 < used <= 6 * levels * 8 * 128 // 4 * 24 + 512

@@ -466,6 +466,23 @@ def test_check_mode_takes_what_is_right(device, monkeypatch):
     torch.ops.leanattn.decode(**{**call, "cache_seqlens": int32([-1, 51], device)})
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "65537", "3x", " 3", "many"])
+def test_wrong_number_of_units(text, device, force_units):
+    force_units(text)
+    assert_refused(good_call(device), ("LEANATTN_NUM_UNITS",), (65536, f"'{text}'"))
+
+
+@pytest.mark.parametrize("layout", ["teams:1", "clusters:2", "whole"])
+def test_forced_units_and_another_layout(layout, device, force_units, monkeypatch):
+    """Units are forced for stream-K: what asks for both is refused, not half ignored."""
+    force_units(3)
+    monkeypatch.setenv("LEANATTN_LAYOUT", "stream_k")
+    torch.ops.leanattn.decode(**good_call(device))
+    monkeypatch.setenv("LEANATTN_LAYOUT", layout)
+    for other in ("LEANATTN_LAYOUT", "LEANATTN_NUM_UNITS"):
+        assert_refused(good_call(device), (other,), (f"'{layout}'",))
+
+
 def test_torch_itself_refuses_what_is_no_tensor(device):
     """Lists and missing arguments never reach the op."""
     call = good_call(device)

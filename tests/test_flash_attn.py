@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from append_cases import rotated
 from cases import int32, sharp_dtype
 from reference import assert_close, assert_same_bits
 
@@ -51,18 +52,6 @@ def make_call(
     return call
 
 
-def rotate(x, cos, sin, interleaved):
-    """One token [H, D] in fp64; cos and sin [pairs]."""
-    pairs = len(cos)
-    first = slice(0, 2 * pairs, 2) if interleaved else slice(0, pairs)
-    second = slice(1, 2 * pairs, 2) if interleaved else slice(pairs, 2 * pairs)
-    x = x.double()
-    turned = x.clone()
-    turned[:, first] = x[:, first] * cos.double() - x[:, second] * sin.double()
-    turned[:, second] = x[:, first] * sin.double() + x[:, second] * cos.double()
-    return turned
-
-
 def one_sequence(call, b):
     """(q rotated, K, V) of sequence b in fp64, gathered one token after another; FlashAttention's
     documented meaning, with slices and loops."""
@@ -89,7 +78,7 @@ def one_sequence(call, b):
         for i in range(call["k"].shape[1]):
             key = call["k"][b, i].double()
             if cos is not None:
-                key = rotate(key, cos[length + i], sin[length + i], interleaved)
+                key = rotated(key, cos[length + i], sin[length + i], interleaved)
                 key = key.to(k_cache.dtype).double()
             keys.append(key)
             values.append(call["v"][b, i].double())
@@ -97,7 +86,7 @@ def one_sequence(call, b):
     if cos is not None:
         ordered = causal or window != (-1, -1)
         at = [length + (i if ordered else 0) for i in range(q.shape[1])]
-        rows = [rotate(x, cos[p], sin[p], interleaved) for x, p in zip(rows, at)]
+        rows = [rotated(x, cos[p], sin[p], interleaved) for x, p in zip(rows, at)]
         rows = torch.stack(rows).to(q.dtype).double()
     shape = (0, *k_cache.shape[2:])
     empty = torch.zeros(shape, dtype=torch.float64, device=q.device)

@@ -24,7 +24,6 @@ CASES = {
     "row-blocks": dict(lengths=(400, 1200), heads=(71, 1), seqlen_q=2),
     "more-queries-than-keys": dict(lengths=(3, 700), seqlen_q=9, heads=(8, 2)),
     "sinks": dict(lengths=(640, 129), sinks=True, heads=(16, 1)),
-    "ragged-queries": dict(lengths=(640, 129, 77), query_lengths=(3, 0, 5)),
 }
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("loader")]
@@ -123,6 +122,16 @@ def test_paged_caches_of_whole_items(device, monkeypatch):
     empty = {**check_paged, "block_table": check_paged["block_table"][:, :0]}
     out, lse = run(empty)
     assert not out.any() and (lse == -torch.inf).all()
+
+
+def test_ragged_queries_go_by_stream_k_alone(device, monkeypatch):
+    case = make_case(device, torch.float16, lengths=(640, 129, 77), query_lengths=(3, 0, 5))
+    monkeypatch.setenv("LEANATTN_LAYOUT", "stream_k")
+    check(case)
+    for text in ("teams:1", "clusters:2", "whole"):
+        monkeypatch.setenv("LEANATTN_LAYOUT", text)
+        with pytest.raises(RuntimeError, match=f"LEANATTN_LAYOUT.*cu_seqlens_q.*'{text}'"):
+            run(case)
 
 
 def test_wrong_layouts_are_refused(device, monkeypatch):

@@ -13,6 +13,8 @@
 #include "fast_divisor.h"
 #include "params.h"
 #include "schedule_host.h"
+#include "tree_fold.h"
+#include "workspace.h"
 
 namespace py = pybind11;
 using namespace leanattn;
@@ -135,7 +137,8 @@ py::array_t<Row> walk_teams(const Problem& problem, const Layout& layout, bool u
   if (uniform) line = make_uniform_line(problem, layout.num_units);
   for (int unit = 0; unit < layout.num_units; ++unit) {
     SegmentWalker walker(problem, layout, unit, uniform ? &line : nullptr);
-    const Shares shares = walker.shares();
+    // A unit alone takes whole items and has no shares; row_of divides by what it is given.
+    const Shares shares = layout.team_size == 1 ? make_shares(1, 1, unit) : walker.shares();
     append(rows, walker, problem, shares, unit);
   }
   return to_numpy(rows);
@@ -253,6 +256,35 @@ PYBIND11_MODULE(headers, m) {
       .def_property_readonly("team_size", [](const Layout& l) { return int{l.team_size}; })
       .def_readonly("slack_tiles", &Layout::slack_tiles);
   m.def("walk_teams", &walk_teams);
+
+  // workspace.h
+  py::class_<WorkspacePlan>(m, "WorkspacePlan")
+      .def_readonly("counters", &WorkspacePlan::counters)
+      .def_readonly("partial_stats", &WorkspacePlan::partial_stats)
+      .def_readonly("partial_o", &WorkspacePlan::partial_o)
+      .def_readonly("fold_states", &WorkspacePlan::fold_states)
+      .def("size", &WorkspacePlan::size);
+  m.def(
+      "plan_workspace",
+      [](const Problem& problem, const Layout& layout, int head_dim, int head_dim_v,
+         bool is_uniform, bool is_clustered, bool batch_invariant, bool owns_counters,
+         bool on_cuda) {
+        DecodeParams params{};
+        params.problem = problem;
+        params.layout = layout;
+        params.head_dim = head_dim;
+        params.head_dim_v = head_dim_v;
+        params.is_uniform = is_uniform;
+        params.is_clustered = is_clustered;
+        params.batch_invariant = batch_invariant;
+        const int tiles = ceil_div(problem.capacity, 1 << problem.tile_tokens_log2);
+        params.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
+        return plan_workspace(params, owns_counters, on_cuda);
+      },
+      py::arg("problem"), py::arg("layout"), py::kw_only(), py::arg("head_dim") = 128,
+      py::arg("head_dim_v") = 128, py::arg("is_uniform") = true, py::arg("is_clustered") = false,
+      py::arg("batch_invariant") = false, py::arg("owns_counters") = true,
+      py::arg("on_cuda") = true);
 
   // cost_model.h
   py::class_<Machine>(m, "Machine")

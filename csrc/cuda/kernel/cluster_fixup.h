@@ -46,19 +46,13 @@ __device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int u
       const int row = i / kQuads;
       const int dim = i % kQuads * 4;
       if (dim >= params.head_dim_v) continue;
-      QuadState states[8];
+      QuadState states[kMaxClusterSize];
 #pragma unroll
-      for (int rank = 0; rank < 8; ++rank) {
+      for (int rank = 0; rank < kMaxClusterSize; ++rank) {
         if (rank >= units.count()) continue;
         const auto* partial = cluster.map_shared_rank(&cluster_partial<Traits>(smem), rank);
         const float4 o = *reinterpret_cast<const float4*>(&partial->o[row][dim]);
-        const float2 stats = partial->stats[row];
-        states[rank].max = stats.x;
-        states[rank].sum = stats.y;
-        states[rank].o[0] = o.x;
-        states[rank].o[1] = o.y;
-        states[rank].o[2] = o.z;
-        states[rank].o[3] = o.w;
+        states[rank] = make_quad_state(partial->stats[row], o);
       }
       QuadState merged;
       merged.merge(states);

@@ -42,14 +42,7 @@ __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, in
   const float4 o = __ldcg(
       reinterpret_cast<const float4*>(params.partial_o + slot_row * params.head_dim_v + dim));
   const float2 stats = __ldcg(reinterpret_cast<const float2*>(params.partial_stats + slot_row * 2));
-  QuadState state;
-  state.max = stats.x;
-  state.sum = stats.y;
-  state.o[0] = o.x;
-  state.o[1] = o.y;
-  state.o[2] = o.z;
-  state.o[3] = o.w;
-  return state;
+  return make_quad_state(stats, o);
 }
 
 // By all consumer threads: remembers the segment for the end of the share.

@@ -24,7 +24,7 @@ class PageQueue {
   // Waits for the entries of the next tile, which starts at `tile_token`.
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
     // One group a tile: all but the newest kPageSlots - 1 must land. With the entries of this tile
-    // those are copies of K, V and q of tiles at least kPageSlots ago, which the ring has let go of.
+    // those are copies of K and V of tiles at least kPageSlots ago, which the ring has let go of.
     static_assert(2 * Traits::kPageSlots >= Traits::kMaxStages);
     cute::cp_async_wait<Traits::kPageSlots - 1>();
     __syncwarp();  // the other lanes' entries have landed too

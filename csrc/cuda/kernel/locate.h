@@ -123,7 +123,7 @@ __device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
   }
 
   int tiles = 0;
-  int longest = 0;  // tiles of an item, or a little more
+  int longest = 0;  // tiles of a sequence and KV head, over all row blocks
   int running = query_begin;
   bool empty = false;
   for (int seq = first; seq < last; ++seq) {

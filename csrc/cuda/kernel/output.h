@@ -9,6 +9,18 @@ namespace leanattn {
 // The state that a thread merges: one row of an item, four neighbouring elements of Dv.
 using QuadState = SoftmaxState<4>;
 
+// stats: max, sum.
+__device__ __forceinline__ QuadState make_quad_state(float2 stats, float4 o) {
+  QuadState state;
+  state.max = stats.x;
+  state.sum = stats.y;
+  state.o[0] = o.x;
+  state.o[1] = o.y;
+  state.o[2] = o.z;
+  state.o[3] = o.w;
+  return state;
+}
+
 // By the consumer threads: calls visit(row, dim) for every row in [row_begin, row_end) and every
 // fourth element of Dv, neighbouring threads at neighbouring dims.
 template <class Traits, class Visit>

@@ -55,7 +55,7 @@ class TaskQueue {
     }
   }
 
-  // Consumer: the next task, or null. The wait acquires what the producer wrote.
+  // Consumer: the next task, or null. The wait acquires what the task warp wrote.
   __device__ __forceinline__ const Task* front() const {
     ptx::mbarrier_wait_parity(&smem_.task_full[position_.stage], position_.phase);
     const Task& task = smem_.tasks[position_.stage];

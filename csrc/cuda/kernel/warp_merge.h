@@ -73,13 +73,9 @@ __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem
       QuadState slices[Traits::kSlices];
 #pragma unroll
       for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        slices[slice].max = smem.merge_max[slice][merge_row];
-        slices[slice].sum = smem.merge_sum[slice][merge_row];
-        const float4 o = *reinterpret_cast<const float4*>(&smem.merge_o[slice][merge_row][dim]);
-        slices[slice].o[0] = o.x;
-        slices[slice].o[1] = o.y;
-        slices[slice].o[2] = o.z;
-        slices[slice].o[3] = o.w;
+        slices[slice] = make_quad_state(
+            float2{smem.merge_max[slice][merge_row], smem.merge_sum[slice][merge_row]},
+            *reinterpret_cast<const float4*>(&smem.merge_o[slice][merge_row][dim]));
       }
       QuadState merged;
       merged.merge(slices);
