@@ -83,23 +83,27 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def load(request, tmp_path_factory, source, *options):
-    from native.build import load_module
-
+def native_folder(request, tmp_path_factory):
+    """Where compiled C++ is kept."""
     cache = getattr(request.config, "cache", None)
-    folder = cache.mkdir("native") if cache else tmp_path_factory.mktemp("native")
-    return load_module(Path(__file__).parent / source, folder, *options)
+    return cache.mkdir("native") if cache else tmp_path_factory.mktemp("native")
 
 
 @pytest.fixture(scope="session")
 def headers(request, tmp_path_factory):
     """The C++ headers that the kernels include, as a Python module; see native/headers.cpp."""
-    return load(request, tmp_path_factory, "native/headers.cpp")
+    from native.build import load_module
+
+    source = Path(__file__).parent / "native" / "headers.cpp"
+    return load_module(source, native_folder(request, tmp_path_factory))
 
 
 @pytest.fixture(scope="session")
-def load_emulated(request, tmp_path_factory):
-    """A function that gives a module with CUDA kernels on an emulator: see emulator/emulator.h."""
+def build_emulated(request, tmp_path_factory):
+    """A function that compiles CUDA kernels for an emulator, into a Python module's library: see
+    emulator/emulator.h."""
+    from native.build import build_module
+
     nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
     if not nvcc.is_file():
         pytest.skip("needs CUDA's headers")
@@ -107,9 +111,18 @@ def load_emulated(request, tmp_path_factory):
     command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
     plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
     includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
-    folder = Path(__file__).parent / "emulator"
-    options = ["-DLEANATTN_EMULATED_ARCH=900", f"-I{folder / 'include'}", *includes]
-    return lambda name: load(request, tmp_path_factory, folder / f"{name}.cpp", *options)
+    source = Path(__file__).parent / "emulator"
+    options = ["-DLEANATTN_EMULATED_ARCH=900", f"-I{source / 'include'}", *includes]
+    folder = native_folder(request, tmp_path_factory)
+    return lambda name, *more: build_module(source / f"{name}.cpp", folder, *options, *more)
+
+
+@pytest.fixture(scope="session")
+def load_emulated(build_emulated):
+    """A function that gives such a module."""
+    from native.build import import_module
+
+    return lambda name: import_module(build_emulated(name), name)
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,15 @@ inline bool __any_sync(unsigned, bool value) {
   const auto all = emulator::exchange("vote.any", value);
   return std::any_of(all.begin(), all.end(), [](bool x) { return x; });
 }
-inline void __syncwarp() { emulator::exchange("syncwarp", 0); }
+inline void __syncwarp() {
+  const void* warp = &emulator::cta().warps[threadIdx.x / 32];
+  emulator::release(warp);
+  emulator::exchange("syncwarp", 0);
+  emulator::acquire(warp);
+}
 inline void __syncthreads() { emulator::sync(0, emulator::machine()->threads); }
 inline int __syncthreads_or(int value) {
+  const emulator::Quiet quiet;
   emulator::Barrier& barrier = emulator::cta().barriers[0];
   barrier.any |= value != 0;
   __syncthreads();
@@ -47,17 +53,24 @@ inline int __reduce_max_sync(unsigned, int value) {
   return *std::max_element(all.begin(), all.end());
 }
 inline void __threadfence() {}
+[[noreturn]] inline void __trap() { throw std::logic_error("trap"); }
 inline int atomicMin(int* address, int value) {
+  const emulator::Quiet quiet;
   const int old = *address;
   *address = std::min(old, value);
   return old;
 }
 inline int atomicMax(int* address, int value) {
+  const emulator::Quiet quiet;
   const int old = *address;
   *address = std::max(old, value);
   return old;
 }
+// With the fences around it: a release and an acquire.
 inline unsigned atomicInc(unsigned* address, unsigned last) {
+  emulator::release(address);
+  emulator::acquire(address);
+  const emulator::Quiet quiet;
   const unsigned old = *address;
   *address = old >= last ? 0 : old + 1;
   return old;

@@ -2,7 +2,8 @@
 // thread is a fiber, and a fiber that waits lets others run. Copies in flight land late and at random
 // times. If nobody can go on, that is a hang, and run() says who waits for what.
 //
-// What it cannot show: memory ordering (a fiber is never interrupted), speed, what PTX really does.
+// What it cannot show: speed, what PTX really does, and by itself memory ordering, for a fiber is never
+// interrupted; races.h has a sanitizer look at that.
 #pragma once
 
 #include <ucontext.h>
@@ -19,6 +20,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 namespace emulator {
 
@@ -39,6 +42,7 @@ struct Barrier {
 
 struct Fiber {
   ucontext_t context;
+  std::shared_ptr<Observed> observed = std::make_shared<Observed>();
   std::unique_ptr<char[]> stack;
   Cta* cta;
   int thread;
@@ -46,8 +50,10 @@ struct Fiber {
   std::function<bool()> ready;  // empty: runnable
   const char* waits_for = "";
   bool done = false;
-  // cp.async: copies issued and landed, and how many were issued at each commit
+  // cp.async: copies issued and landed, how many were issued at each commit, and who brings those since
+  // the last commit or barrier: one for them all, as the sanitizer has only so many threads
   int issued = 0, landed = 0;
+  std::shared_ptr<Observed> copier;
   std::vector<int> commits;
   // wgmma: products issued, each with its operand B
   std::vector<std::pair<uint64_t, std::function<void()>>> products;
@@ -87,6 +93,7 @@ struct Machine {
   std::deque<std::function<void()>> in_flight;  // copies that land in this order
   Fiber* current = nullptr;
   ucontext_t scheduler;
+  Observer observer;  // the scheduler
   std::mt19937 random{1};
   int grid = 0;
   int threads = 0;  // a CTA
@@ -102,17 +109,20 @@ inline Fiber& fiber() { return *machine()->current; }
 inline Cta& cta() { return *fiber().cta; }
 
 inline void yield_until(const char* what, std::function<bool()> ready) {
+  const Quiet quiet;
   if (ready()) return;
   Fiber& self = fiber();
   self.ready = std::move(ready);
   self.waits_for = what;
+  machine()->observer.enter();
   swapcontext(&self.context, &machine()->scheduler);
 }
 
-// Every lane of the warp brings something and then sees what all brought.
+// Every lane of the warp brings something and then sees what all brought. Orders no other memory.
 template <class T>
 std::array<T, 32> exchange(const char* name, const T& mine) {
   static_assert(sizeof(T) <= 64);
+  const Quiet quiet;
   Fiber& self = fiber();
   Warp& warp = cta().warps[self.thread / 32];
   const int parity = self.exchanges % 2;
@@ -134,6 +144,8 @@ std::array<T, 32> exchange(const char* name, const T& mine) {
 }
 
 inline void arrive(Barrier& barrier, int threads) {
+  release(&barrier);
+  const Quiet quiet;
   if (++barrier.arrived < threads) return;
   barrier.arrived = 0;
   barrier.last_any = barrier.any;
@@ -142,6 +154,7 @@ inline void arrive(Barrier& barrier, int threads) {
 }
 
 inline void sync(int index, int threads) {
+  const Quiet quiet;
   Barrier& barrier = cta().barriers.at(index);
   const int generation = barrier.generation;
   arrive(barrier, threads);
@@ -149,23 +162,37 @@ inline void sync(int index, int threads) {
               : index == 1 ? "barrier 1"
                            : "another barrier",
               [&barrier, generation] { return barrier.generation != generation; });
+  acquire(&barrier);
 }
 
 // Where the four warps of a warpgroup must all come, with the same value.
 inline void meet_warpgroup(const char* name, uint64_t value) {
+  const Quiet quiet;
   const int index = fiber().thread / 128;
   Barrier& barrier = cta().warpgroups.at(index);
   uint64_t& brought = cta().warpgroup_brings.at(index);
   if (barrier.arrived == 0) brought = value;
   if (brought != value) throw std::logic_error(std::string("a warpgroup has diverged at ") + name);
   const int generation = barrier.generation;
-  arrive(barrier, 128);
+  if (++barrier.arrived == 128) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
   yield_until(name, [&barrier, generation] { return barrier.generation != generation; });
 }
 
-// Lands some time later.
-inline void copy_later(std::function<void()> copy) {
-  machine()->in_flight.push_back(std::move(copy));
+// Lands some time later. It comes after what its thread did before; what comes after it, its barrier
+// says.
+inline void copy_later(std::function<void()> copy,
+                       std::shared_ptr<Observed> observed = std::make_shared<Observed>()) {
+  const Quiet quiet;
+  release(observed.get());
+  machine()->in_flight.push_back([observed, copy = std::move(copy)] {
+    observed->enter();
+    acquire(observed.get());
+    copy();
+    machine()->observer.enter();
+  });
 }
 
 inline void fiber_main() {
@@ -175,15 +202,24 @@ inline void fiber_main() {
     machine()->error = std::current_exception();  // it must not leave the fiber
   }
   Fiber& self = fiber();
-  self.done = true;
-  ++self.cta->cluster->exited;
-  self.cta->cluster->check();
+  release(self.cta->cluster);  // who has left has arrived
+  release(&machine());
+  {
+    const Quiet quiet;
+    self.done = true;
+    ++self.cta->cluster->exited;
+    self.cta->cluster->check();
+  }
+  machine()->observer.enter();
   swapcontext(&self.context, &machine()->scheduler);
 }
 
 // Runs `body` on every thread of a grid, cluster after cluster; the CTAs of one run side by side.
 inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, int seed,
                 const std::function<void()>& body) {
+  const Quiet quiet;
+  // To the end: the sanitizer gives a thread's number, and so its accesses, to the next one.
+  std::vector<std::shared_ptr<Observed>> observed;
   for (int first = 0; first < grid; first += cluster_size) {
     Machine m;
     machine() = &m;
@@ -215,6 +251,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
         f->context.uc_stack.ss_sp = f->stack.get();
         f->context.uc_stack.ss_size = kStackBytes;
         makecontext(&f->context, fiber_main, 0);
+        observed.push_back(f->observed);
         m.fibers.push_back(std::move(f));
       }
       cluster.ctas.push_back(std::move(cta));
@@ -240,6 +277,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
             if (f.done || (f.ready && !f.ready())) continue;
             f.ready = nullptr;
             m.current = &f;
+            f.observed->enter();
             swapcontext(&m.scheduler, &f.context);
             if (m.error) std::rethrow_exception(m.error);
             left -= f.done;
@@ -265,6 +303,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
     if (!m.in_flight.empty()) throw std::logic_error("a CTA left with copies in flight");
   }
   machine() = nullptr;
+  acquire(&machine());  // not before: to the sanitizer, CTAs run side by side
 }
 
 struct Index {

@@ -123,7 +123,7 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
 
-  Ring<Traits> ring(smem, room.num_stages);
+  Ring<Traits> ring(smem, room.num_stages, maps.usable);
   TaskQueue<Traits> tasks(smem);
   if (warp == Traits::kProducerWarp) {
 #if LEANATTN_ARCH >= 900
@@ -187,8 +187,11 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ TensorMaps maps, RoomPlan room) {
-  // Without wgmma there is nothing to run; can_use_wgmma() keeps it from being launched.
-  if constexpr (!Traits::kWgmma || LEANATTN_HAS_WGMMA) decode_share<Traits>(params, maps, room);
+  if constexpr (!Traits::kWgmma || LEANATTN_HAS_WGMMA) {
+    decode_share<Traits>(params, maps, room);
+  } else {
+    __trap();  // can_use_wgmma() keeps it from being launched, unless PTX is forced upon it
+  }
 }
 
 }  // namespace leanattn

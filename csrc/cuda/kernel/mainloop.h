@@ -260,12 +260,13 @@ class MainLoop {
       }
     } else {
       for (int c = 0; c < 2; ++c) {
-        const Scoring::Row row = scoring_.row(place_.row(n, c), position_[n][c]);
-        for (int i = 0; i < kTokenSteps; ++i) {
-          for (int e = c; e < 4; e += 2) {
-            scores[i][n][e] = scoring_.score(row, scores[i][n][e], token_of(token, i, e));
+        scoring_.finish(place_.row(n, c), position_[n][c], [&](auto score) {
+          for (int i = 0; i < kTokenSteps; ++i) {
+            for (int e = c; e < 4; e += 2) {
+              scores[i][n][e] = score(scores[i][n][e], token_of(token, i, e));
+            }
           }
-        }
+        });
       }
     }
   }

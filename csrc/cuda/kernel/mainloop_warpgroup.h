@@ -7,8 +7,6 @@
 #include "mainloop.h"
 #include "wgmma.h"
 
-#include <cutlass/arch/barrier.h>
-
 namespace leanattn {
 
 template <class Traits>
@@ -74,10 +72,11 @@ class WarpgroupMainLoop {
     const Segment& segment = task.segment;
     segment_ = &segment;
     scoring_.begin(segment);
-    has_rows_ = place_.row_group * 16 < task.num_rows;
-    // wgmma reads q by way of the asynchronous proxy, and cp.async has written it by the generic one.
-    cutlass::arch::fence_view_async_shared();
-    q_ = make_operand(task.q + place_.row_group / 4 * (64 * 128), Traits::kRows * 128);
+    warp_has_rows_ = place_.row_group * 16 < task.num_rows;
+    const int first_row = place_.row_group / 4 * 64;
+    warpgroup_has_rows_ = first_row < task.num_rows;
+    q_ = make_operand(task.q + first_row * 128);
+    ptx::fence_proxy_async();  // cp.async has written q by the generic proxy
     state.clear();
     for (int h = 0; h < 2; ++h) position_[h] = scoring_.position_of_row(place_.row(h));
     for (int tile = tile_begin; tile < tile_end; ++tile) take_tile(tile, ring, state);
@@ -104,16 +103,19 @@ class WarpgroupMainLoop {
       const bool nothing = token >= any.end || any.begin - token >= kStepTokens;
       const bool everything = token >= all.begin && all.end - token >= kStepTokens;
       Products products;
-      if (!nothing) multiply_keys(keys.stage_smem(), row, products);
+      if (!nothing && warpgroup_has_rows_) multiply_keys(keys.stage_smem(), row, products);
       if (step == Traits::kSteps - 1) keys.release();
-      if (step == 0) values.wait_full();
-      if (nothing) continue;
+      if (nothing) {
+        values.wait_full();  // before the release, as ever
+        continue;
+      }
       Probabilities probabilities;
       if (everything && scoring_.plain()) {
         softmax<true>(token, products, state, probabilities);
       } else {
         softmax<false>(token, products, state, probabilities);
       }
+      values.wait_full();
       if (!everything) {
         clear_unseen_values(values.stage_smem(), row, token);
         if (spoils_some_rows(values.stage_smem(), row, token)) {
@@ -121,7 +123,9 @@ class WarpgroupMainLoop {
           continue;
         }
       }
-      multiply_values(values.stage_smem(), row, probabilities, state);
+      if (warpgroup_has_rows_) {
+        multiply_values(values.stage_smem(), row, probabilities, state);
+      }
     }
     values.release();
   }
@@ -129,33 +133,31 @@ class WarpgroupMainLoop {
   // Stage rows [row, row + kStepTokens).
   __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, int row,
                                                 Products& products) const {
-    // For copies by cp.async, as for q.
-    cutlass::arch::fence_view_async_shared();
-    const uint64_t k = make_operand(k_smem + row * 128, Traits::kTile * 128);
+    const uint64_t k = make_operand(k_smem + row * 128);
     wgmma_begin(products);
 #pragma unroll
     for (int depth = 0; depth < Traits::kDepthSteps; ++depth) {
       const int block = depth / 4;
       const int within = depth % 4 * 32;
-      wgmma_scores<Element>(products, advance_operand(q_, block * Traits::kRows * 128 + within),
+      wgmma_scores<Element>(products,
+                            advance_operand(q_, block * Traits::kQueryRows * 128 + within),
                             advance_operand(k, block * Traits::kTile * 128 + within), depth > 0);
     }
     wgmma_wait(products);
   }
 
   __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, int row,
-                                                  const Probabilities& probabilities,
+                                                  Probabilities& probabilities,
                                                   State& state) const {
-    cutlass::arch::fence_view_async_shared();
     const int block = place_.dim_group * (Traits::kWarpDim / 64);
     const uint64_t v =
         make_operand(v_smem + block * (Traits::kTile * 128) + row * 128, Traits::kTile * 128);
-    wgmma_begin(state.o);
+    wgmma_begin(state.o, probabilities);
 #pragma unroll
     for (int i = 0; i < kStepTokens / 16; ++i) {
       wgmma_values<Element>(state.o, probabilities[i], advance_operand(v, i * 16 * 128));
     }
-    wgmma_wait(state.o);
+    wgmma_wait(state.o, probabilities);
   }
 
   // Element e of block j of the products: half e / 2 of the rows.
@@ -167,7 +169,7 @@ class WarpgroupMainLoop {
   template <bool kPlain>
   __device__ __forceinline__ void softmax(int token, Products& products, State& state,
                                           Probabilities& probabilities) const {
-    if (!has_rows_) {  // of the warp; what comes of it, nobody reads
+    if (!warp_has_rows_) {  // of the warp; what comes of it, nobody reads
       for (int i = 0; i < kBlocks / 2; ++i) {
         for (int r = 0; r < 4; ++r) probabilities[i][r] = 0;
       }
@@ -216,24 +218,26 @@ class WarpgroupMainLoop {
         for (int e = h * 2; e < h * 2 + 2; ++e) products[j][e] = scoring_.scaled(products[j][e]);
       }
     } else {
-      const Scoring::Row row = scoring_.row(place_.row(h), position_[h]);
-      for (int j = 0; j < kBlocks; ++j) {
-        for (int e = h * 2; e < h * 2 + 2; ++e) {
-          products[j][e] = scoring_.score(row, products[j][e], token_of(token, j, e));
+      scoring_.finish(place_.row(h), position_[h], [&](auto score) {
+        for (int j = 0; j < kBlocks; ++j) {
+          for (int e = h * 2; e < h * 2 + 2; ++e) {
+            products[j][e] = score(products[j][e], token_of(token, j, e));
+          }
         }
-      }
+      });
     }
   }
 
-  // Calls visit(chunk_smem, key) for the 16-byte chunks of values of a step, `threads` at a time.
+  // Calls visit(chunk_smem) for the 16-byte chunks of values of a step's keys, `threads` at a time.
   template <class Visit>
-  __device__ __forceinline__ void for_each_chunk(uint8_t* v_smem, int row, int token, int thread,
-                                                 int threads, Visit visit) const {
+  __device__ __forceinline__ void for_each_chunk(uint8_t* v_smem, int row, int token, KeyRange keys,
+                                                 int thread, int threads, Visit visit) const {
     constexpr int kChunks = Traits::kHeadDim / 8;
+    const int first = clamp_to(keys.begin - token, 0, kStepTokens);
+    const int last = clamp_to(keys.end - token, 0, kStepTokens);
 #pragma unroll 1
-    for (int i = thread; i < kStepTokens * kChunks; i += threads) {
-      const int offset = i / kChunks;
-      visit(v_smem + swizzled_offset<Traits::kTile>(row + offset, i % kChunks), token + offset);
+    for (int i = first * kChunks + thread; i < last * kChunks; i += threads) {
+      visit(v_smem + swizzled_offset<Traits::kTile>(row + i / kChunks, i % kChunks));
     }
   }
 
@@ -242,12 +246,15 @@ class WarpgroupMainLoop {
   __device__ __forceinline__ void clear_unseen_values(uint8_t* v_smem, int row, int token) const {
     const KeyRange any = segment_->keys.any;
     if (token >= any.begin && any.end - token >= kStepTokens) return;
-    for_each_chunk(v_smem, row, token, threadIdx.x % Traits::kSliceThreads, Traits::kSliceThreads,
-                   [&](uint8_t* chunk_smem, int key) {
-                     if (!any.contains(key)) *reinterpret_cast<uint4*>(chunk_smem) = uint4{};
-                   });
+    const auto clear = [&](KeyRange keys) {
+      for_each_chunk(v_smem, row, token, keys, threadIdx.x % Traits::kSliceThreads,
+                     Traits::kSliceThreads,
+                     [](uint8_t* chunk_smem) { *reinterpret_cast<uint4*>(chunk_smem) = uint4{}; });
+    };
+    clear({0, any.begin});
+    clear({any.end, INT32_MAX});
     // The zeros are for wgmma, and come before the copy that refills the stage.
-    cutlass::arch::fence_view_async_shared();
+    ptx::fence_proxy_async();
     ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);  // all zeros are written
   }
 
@@ -258,13 +265,20 @@ class WarpgroupMainLoop {
     const KeyRange all = segment_->keys.all;
     if (segment_->keys.alike()) return false;
     bool spoils = false;
-    for_each_chunk(v_smem, row, token, threadIdx.x % 32, 32,
-                   [&](const uint8_t* chunk_smem, int key) {
-                     if (!any.contains(key) || all.contains(key)) return;
-                     const uint4 chunk = *reinterpret_cast<const uint4*>(chunk_smem);
-                     spoils |= has_nonfinite<Element>(chunk.x) || has_nonfinite<Element>(chunk.y) ||
-                               has_nonfinite<Element>(chunk.z) || has_nonfinite<Element>(chunk.w);
-                   });
+    const auto look_at = [&](KeyRange keys) {
+      for_each_chunk(
+          v_smem, row, token, keys, threadIdx.x % 32, 32, [&](const uint8_t* chunk_smem) {
+            const uint4 chunk = *reinterpret_cast<const uint4*>(chunk_smem);
+            spoils |= has_nonfinite<Element>(chunk.x) || has_nonfinite<Element>(chunk.y) ||
+                      has_nonfinite<Element>(chunk.z) || has_nonfinite<Element>(chunk.w);
+          });
+    };
+    if (all.empty()) {
+      look_at(any);
+    } else {
+      look_at({any.begin, all.begin});
+      look_at({all.end, any.end});
+    }
     return __any_sync(~0u, spoils);
   }
 
@@ -309,7 +323,8 @@ class WarpgroupMainLoop {
   const Place& place_;
   const Segment* segment_;
   uint64_t q_;  // operand of the warpgroup's 64 rows
-  bool has_rows_;
+  bool warp_has_rows_;
+  bool warpgroup_has_rows_;
   int position_[2];
 };
 

@@ -75,6 +75,14 @@ __device__ __forceinline__ void bar_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// What this thread has written to shared memory, or has seen written, comes before what wgmma and bulk
+// copies do there afterwards. CUTLASS's lets the compiler move plain stores past it.
+__device__ __forceinline__ void fence_proxy_async() {
+#if LEANATTN_ARCH >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Programmatic dependent launch: until the kernel before has ended and its writes can be seen. Returns
 // at once where the launch had no such attribute.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -25,8 +25,9 @@ class Ring {
  public:
   using SharedStorage = typename Traits::SharedStorage;
 
-  __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages)
-      : smem_(smem), num_stages_(num_stages) {}
+  // `bulk_copies`: by the copy engine, else by cp.async.
+  __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages, bool bulk_copies)
+      : smem_(smem), num_stages_(num_stages), bulk_copies_(bulk_copies) {}
 
   // By the lanes of one warp, before the CTA's first barrier. `producers`: arrivals that fill a stage.
   __device__ __forceinline__ void init(int lane, int producers) {
@@ -53,6 +54,10 @@ class Ring {
   // Consumer: until the copy has landed; the wait acquires what the copy wrote.
   __device__ __forceinline__ void wait_full() const {
     ptx::mbarrier_wait_parity(full_barrier(), position_.phase);
+    // wgmma reads by way of the asynchronous proxy, as bulk copies write; cp.async does not.
+    if constexpr (Traits::kWgmma) {
+      if (!bulk_copies_) ptx::fence_proxy_async();
+    }
   }
 
   // Consumer, whole warp: done reading. The lanes' reads come before lane 0's arrival.
@@ -66,6 +71,7 @@ class Ring {
  private:
   SharedStorage& smem_;
   int num_stages_;
+  bool bulk_copies_;
   RingPosition position_;
 };
 

@@ -8,13 +8,6 @@ namespace leanattn {
 
 class Scoring {
  public:
-  // One query row.
-  struct Row {
-    int position;
-    KeyRange keys;  // that it sees
-    float slope;    // of its head
-  };
-
   __device__ __forceinline__ explicit Scoring(const DecodeParams& params)
       : params_(params),
         plain_(params.softcap == 0.0f && params.alibi_slopes == nullptr),
@@ -30,25 +23,30 @@ class Scoring {
     return visible_keys(params_.problem.mask, segment_->sequence.length, position);
   }
 
-  __device__ __forceinline__ Row row(int item_row, int position) const {
-    Row row{position, keys_of(position), 0.0f};
-    if (params_.alibi_slopes) {
-      const int head = query_row(params_, *segment_, item_row).head;
-      row.slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
-                                       head * params_.alibi_head_stride];
-    }
-    return row;
-  }
-
   // Whether a score is only the scaled product, wherever the key is seen.
   __device__ __forceinline__ bool plain() const { return plain_; }
   __device__ __forceinline__ float scaled(float dot) const { return dot * scale_log2_; }
 
-  // -inf where the row does not see the key.
-  __device__ __forceinline__ float score(const Row& row, float dot, int key) const {
-    const float score =
-        plain_ ? scaled(dot) : score_log2(params_, dot, row.slope, abs(row.position - key));
-    return row.keys.contains(key) ? score : kNegativeInfinity;
+  // For the row at `position`: calls visit(score) once, where score(dot, key) is the row's score for
+  // the key, -inf if it does not see it. One branch for all elements: the code for each is short or long.
+  template <class Visit>
+  __device__ __forceinline__ void finish(int item_row, int position, const Visit& visit) const {
+    const KeyRange keys = keys_of(position);
+    if (plain_) {
+      visit(
+          [&](float dot, int key) { return keys.contains(key) ? scaled(dot) : kNegativeInfinity; });
+      return;
+    }
+    float slope = 0.0f;
+    if (params_.alibi_slopes) {
+      const int head = query_row(params_, *segment_, item_row).head;
+      slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
+                                   head * params_.alibi_head_stride];
+    }
+    visit([&](float dot, int key) {
+      const float score = score_log2(params_, dot, slope, abs(position - key));
+      return keys.contains(key) ? score : kNegativeInfinity;
+    });
   }
 
  private:

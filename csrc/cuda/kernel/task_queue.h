@@ -93,7 +93,8 @@ class TaskQueue {
                               (inside ? chunk * 8 : 0);
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
           *reinterpret_cast<const uint4*>(source),
-          *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kRows>(row, chunk)), inside);
+          *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk)),
+          inside);
     }
   }
 

@@ -77,6 +77,9 @@ struct DecodeTraits {
   static constexpr int kDepthSteps = kHeadDim / 16;
   static_assert(kTokenSteps >= 1, "a warp's slice holds at least one 16-token step");
 
+  // wgmma reads 64 rows, though nobody reads what comes of those beyond kRows.
+  static constexpr int kQueryRows = kWgmma ? max_of(kRows, 64) : kRows;
+
   // Tokens that wgmma takes at once: their scores share the registers with O.
   static constexpr int kStepTokens = 64;
   static constexpr int kSteps = kSliceTokens / kStepTokens;
@@ -92,9 +95,11 @@ struct DecodeTraits {
   static constexpr int kStageBytes = kTile * kHeadDim * 2;
   static constexpr int kColumnBlocks = kHeadDim / 64;
 
-  // The warps' states meet here, 8 rows of every row group at a time. A row is longer than it need be:
-  // then the accumulators of a warp go to different banks.
-  static constexpr int kMergeRows = kRowGroups * 8;
+  // The warps' states meet here, 8 rows of a row group at a time: of every row group, or by wgmma, which
+  // needs the room for q, of two. A row is longer than it need be: then the accumulators of a warp go
+  // to different banks.
+  static constexpr int kMergeGroups = kWgmma ? 2 : kRowGroups;
+  static constexpr int kMergeRows = kMergeGroups * 8;
   static constexpr int kMergePitch = kHeadDim + (kWgmma ? 8 : 4);
 
   static constexpr int kMaxStages = 16;
@@ -107,7 +112,7 @@ struct DecodeTraits {
 
   // What the task warp tells the consumers of one segment.
   struct Task {
-    alignas(kWgmma ? 1024 : 16) uint8_t q[kRows * kHeadDim * 2];  // swizzled, as in the ring
+    alignas(kWgmma ? 1024 : 16) uint8_t q[kQueryRows * kHeadDim * 2];  // swizzled, as in the ring
     Segment segment;
     int num_rows;        // 0: no more tasks
     Participants units;  // where the segment does not hold its whole item

@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& 
                                                 int num_rows) {
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int row = place.row_group * 8 + place.t * 2 + c;
+    const int row = place.row_group % Traits::kMergeGroups * 8 + place.t * 2 + c;
     if (place.row(n, c) >= num_rows) continue;
     if (place.g == 0 && place.dim_group == 0) {
       smem.merge_max[place.slice][row] = state.max[n][c];
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& 
                                                 const WarpgroupState<Traits>& state, int n,
                                                 int num_rows) {
   if (place.row(n) >= num_rows) return;
-  const int row = place.row_group * 8 + place.g;
+  const int row = place.row_group % Traits::kMergeGroups * 8 + place.g;
   if (place.t == 0 && place.dim_group == 0) {
     smem.merge_max[place.slice][row] = state.max[n];
     smem.merge_sum[place.slice][row] = state.sum[n];
@@ -57,30 +57,36 @@ __device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& 
 }
 
 // Calls visit(row, dim, state) for every row of the item and every fourth element of Dv. Eight rows
-// of each row group at a time.
+// of kMergeGroups row groups at a time.
 template <class Traits, class Place, class State, class Visit>
 __device__ __forceinline__ void merge_warps(typename Traits::SharedStorage& smem,
                                             const Place& place, const State& state, int num_rows,
                                             int head_dim_v, Visit visit) {
 #pragma unroll
   for (int n = 0; n < Traits::kRowSteps; ++n) {
-    sync_consumers<Traits>();  // the visits of the rows before have read merge_*
-    store_for_merge<Traits>(smem, place, state, n, num_rows);
-    sync_consumers<Traits>();  // every warp's rows are in merge_*
-    for_each_quad<Traits>(0, Traits::kMergeRows, head_dim_v, [&](int merge_row, int dim) {
-      const int row = merge_row / 8 * Traits::kWarpRows + n * 8 + merge_row % 8;
-      if (row >= num_rows) return;
-      QuadState slices[Traits::kSlices];
-#pragma unroll
-      for (int slice = 0; slice < Traits::kSlices; ++slice) {
-        slices[slice] = make_quad_state(
-            float2{smem.merge_max[slice][merge_row], smem.merge_sum[slice][merge_row]},
-            *reinterpret_cast<const float4*>(&smem.merge_o[slice][merge_row][dim]));
+    LEANATTN_KEEP_ROLLED
+    for (int group = 0; group < Traits::kRowGroups; group += Traits::kMergeGroups) {
+      if (group * Traits::kWarpRows + n * 8 >= num_rows) break;
+      sync_consumers<Traits>();  // the visits of the rows before have read merge_*
+      if (place.row_group / Traits::kMergeGroups * Traits::kMergeGroups == group) {
+        store_for_merge<Traits>(smem, place, state, n, num_rows);
       }
-      QuadState merged;
-      merged.merge(slices);
-      visit(row, dim, merged);
-    });
+      sync_consumers<Traits>();  // every warp's rows are in merge_*
+      for_each_quad<Traits>(0, Traits::kMergeRows, head_dim_v, [&](int merge_row, int dim) {
+        const int row = (group + merge_row / 8) * Traits::kWarpRows + n * 8 + merge_row % 8;
+        if (row >= num_rows) return;
+        QuadState slices[Traits::kSlices];
+#pragma unroll
+        for (int slice = 0; slice < Traits::kSlices; ++slice) {
+          slices[slice] = make_quad_state(
+              float2{smem.merge_max[slice][merge_row], smem.merge_sum[slice][merge_row]},
+              *reinterpret_cast<const float4*>(&smem.merge_o[slice][merge_row][dim]));
+        }
+        QuadState merged;
+        merged.merge(slices);
+        visit(row, dim, merged);
+      });
+    }
   }
 }
 

@@ -20,13 +20,13 @@ namespace leanattn {
 //   A [64, 16]  a[0] row 16w+g, cols 2t 2t+1   a[1] row 16w+g+8   a[2] row 16w+g, cols 2t+8 2t+9
 //               a[3] row 16w+g+8
 
-// Describes an operand [columns / 64][rows][64] of 16-bit elements with the 128-byte swizzle, whose
-// blocks of 64 columns lie `block_bytes` apart, to be read from `smem` on: a row that is a multiple of
-// 8, at any chunk of 16 bytes. (PTX ISA, matrix descriptor; CUTLASS, make_gmma_desc.)
-__device__ __forceinline__ uint64_t make_operand(const uint8_t* smem, int block_bytes) {
+// Describes an operand [columns / 64][rows][64] of 16-bit elements with the 128-byte swizzle, to be
+// read from `smem` on: a row that is a multiple of 8, at any chunk of 16 bytes. Where the columns are
+// not what the product sums over, their blocks of 64 lie `block_bytes` apart. (PTX ISA, matrix
+// descriptor; CUTLASS, make_gmma_desc.)
+__device__ __forceinline__ uint64_t make_operand(const uint8_t* smem, int block_bytes = 16) {
   cute::GmmaDescriptor descriptor;
   descriptor.bitfield.start_address_ = cute::cast_smem_ptr_to_uint(smem) >> 4;
-  // Of use only where the columns are not what the product sums over.
   descriptor.bitfield.leading_byte_offset_ = block_bytes >> 4;
   descriptor.bitfield.stride_byte_offset_ = 8 * 128 >> 4;  // from 8 rows to the next
   descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::B128);
@@ -81,21 +81,24 @@ __device__ __forceinline__ void wgmma_values(float (&d)[kBlocks][4], const uint3
 }
 
 // Around every batch of wgmma: registers that it uses stay as they are from the one to the other.
-template <int kBlocks>
-__device__ __forceinline__ void wgmma_begin(float (&d)[kBlocks][4]) {
+template <class T, int kBlocks>
+__device__ __forceinline__ void fence_registers(T (&registers)[kBlocks][4]) {
   for (int j = 0; j < kBlocks; ++j) {
-    for (int e = 0; e < 4; ++e) cute::warpgroup_fence_operand(d[j][e]);
+    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(registers[j][i]);
   }
+}
+
+template <class... Registers>
+__device__ __forceinline__ void wgmma_begin(Registers&... registers) {
+  (fence_registers(registers), ...);
   cute::warpgroup_arrive();
 }
 
-template <int kBlocks>
-__device__ __forceinline__ void wgmma_wait(float (&d)[kBlocks][4]) {
+template <class... Registers>
+__device__ __forceinline__ void wgmma_wait(Registers&... registers) {
   cute::warpgroup_commit_batch();
   cute::warpgroup_wait<0>();
-  for (int j = 0; j < kBlocks; ++j) {
-    for (int e = 0; e < 4; ++e) cute::warpgroup_fence_operand(d[j][e]);
-  }
+  (fence_registers(registers), ...);
 }
 
 }  // namespace leanattn

@@ -8,6 +8,8 @@ namespace cooperative_groups {
 struct cluster_group {
   int barrier_arrive() const {
     emulator::Cluster& cluster = *emulator::cta().cluster;
+    emulator::release(&cluster);
+    const emulator::Quiet quiet;
     const int generation = cluster.generation;
     ++cluster.arrived;
     cluster.check();
@@ -17,6 +19,7 @@ struct cluster_group {
     emulator::Cluster& cluster = *emulator::cta().cluster;
     emulator::yield_until("the cluster",
                           [&cluster, generation] { return cluster.generation != generation; });
+    emulator::acquire(&cluster);
   }
   template <class T>
   T* map_shared_rank(T* mine, int rank) const {

@@ -24,7 +24,9 @@ struct MBarrier {
 };
 static_assert(sizeof(MBarrier) == 8);
 
+// To the sanitizer, whoever uses one reads it and only its initialisation writes it.
 inline MBarrier& mbarrier(uint64_t* barrier_smem) {
+  static_cast<void>(*static_cast<volatile uint64_t*>(barrier_smem));
   return *reinterpret_cast<MBarrier*>(barrier_smem);
 }
 
@@ -37,24 +39,36 @@ inline void mbarrier_init(uint64_t* barrier_smem, uint32_t arrivals) {
 }
 
 inline void mbarrier_arrive(uint64_t* barrier_smem) {
+  emulator::release(barrier_smem);
   MBarrier& barrier = mbarrier(barrier_smem);
+  const emulator::Quiet quiet;
   --barrier.pending;
   barrier.check();
 }
 
 inline void cp_async_mbarrier_arrive_noinc(uint64_t* barrier_smem) {
-  emulator::copy_later([barrier_smem] { mbarrier_arrive(barrier_smem); });
+  const emulator::Quiet quiet;
+  emulator::Fiber& self = emulator::fiber();
+  self.copier = nullptr;
+  emulator::copy_later([barrier_smem, &self] {  // copies land in order
+    emulator::acquire(&self.landed);
+    mbarrier_arrive(barrier_smem);
+  });
 }
 
 inline void mbarrier_wait_parity(uint64_t* barrier_smem, uint32_t parity) {
+  mbarrier(barrier_smem);
   emulator::yield_until("an mbarrier",
                         [barrier_smem, parity] { return mbarrier(barrier_smem).phase != parity; });
+  emulator::acquire(barrier_smem);
 }
 
 inline void bar_sync(int barrier, int threads) { emulator::sync(barrier, threads); }
 inline void bar_arrive(int barrier, int threads) {
   emulator::arrive(emulator::cta().barriers.at(barrier), threads);
 }
+
+inline void fence_proxy_async() {}
 
 // One launch at a time.
 inline void wait_for_previous_kernel() {}

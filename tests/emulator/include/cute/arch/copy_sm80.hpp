@@ -6,16 +6,21 @@
 namespace cute {
 
 inline void cp_async(void* to, const void* from, size_t bytes, bool inside) {
+  const emulator::Quiet quiet;
   emulator::Fiber& self = emulator::fiber();
   ++self.issued;
-  emulator::copy_later([to, from, bytes, inside, &self] {
+  if (!self.copier) self.copier = std::make_shared<emulator::Observed>();
+  const auto copy = [to, from, bytes, inside, &self] {
     if (inside) {
       std::memcpy(to, from, bytes);
     } else {
       std::memset(to, 0, bytes);
     }
+    emulator::release(&self.landed);
+    const emulator::Quiet quiet;
     ++self.landed;
-  });
+  };
+  emulator::copy_later(copy, self.copier);
 }
 
 template <class T>
@@ -28,7 +33,11 @@ struct SM80_CP_ASYNC_CACHEALWAYS {
   static void copy(const T& from, T& to) { cp_async(&to, &from, sizeof(T), true); }
 };
 
-inline void cp_async_fence() { emulator::fiber().commits.push_back(emulator::fiber().issued); }
+inline void cp_async_fence() {
+  const emulator::Quiet quiet;
+  emulator::fiber().commits.push_back(emulator::fiber().issued);
+  emulator::fiber().copier = nullptr;
+}
 
 template <int n>
 void cp_async_wait() {
@@ -36,6 +45,7 @@ void cp_async_wait() {
   if (static_cast<int>(self.commits.size()) <= n) return;
   const int wanted = self.commits[self.commits.size() - 1 - n];
   emulator::yield_until("cp.async", [&self, wanted] { return self.landed >= wanted; });
+  emulator::acquire(&self.landed);
 }
 
 }  // namespace cute

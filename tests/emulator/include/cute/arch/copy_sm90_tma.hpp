@@ -47,7 +47,9 @@ struct SM90_TMA_LOAD_4D {
           std::memcpy(box + row * 128 + ((column / 8) ^ swizzle) * 16 + column % 8 * 2, &value, 2);
         }
       }
+      emulator::release(barrier);
       auto& state = leanattn::ptx::mbarrier(barrier);
+      const emulator::Quiet quiet;
       state.bytes -= map.box_rows * 128;
       state.check();
     });

@@ -68,7 +68,8 @@ void multiply(RowOfA row_of_a, uint64_t b, const std::array<float*, kColumns / 2
 template <int kColumns, size_t kFirst, class Arguments>
 std::array<float*, kColumns / 2> results(const Arguments& arguments) {
   return [&]<size_t... i>(std::index_sequence<i...>) {
-    return std::array<float*, kColumns / 2>{const_cast<float*>(&std::get<kFirst + i>(arguments))...};
+    return std::array<float*, kColumns / 2>{
+        const_cast<float*>(&std::get<kFirst + i>(arguments))...};
   }(std::make_index_sequence<kColumns / 2>());
 }
 
@@ -82,17 +83,18 @@ struct SharedShared {
     const uint64_t b = std::get<1>(arguments);
     const auto d = results<kColumns, 2>(arguments);
     const bool add = std::get<2 + kColumns / 2>(arguments) == ScaleOut::One;
-    emulator::fiber().products.push_back({b, [=] {
-      const int first_row = emulator::fiber().thread / 32 % 4 * 16;
-      const auto row_of_a = [&](int row) {
-        std::array<double, 16> values;
-        for (int k = 0; k < 16; ++k) {
-          values[k] = read<Element>(element_address<kMajorA>(a, first_row + row, k));
-        }
-        return values;
-      };
-      multiply<Element, kColumns, kMajorB>(row_of_a, b, d, add);
-    }});
+    emulator::fiber().products.push_back(
+        {b, [=] {
+           const int first_row = emulator::fiber().thread / 32 % 4 * 16;
+           const auto row_of_a = [&](int row) {
+             std::array<double, 16> values;
+             for (int k = 0; k < 16; ++k) {
+               values[k] = read<Element>(element_address<kMajorA>(a, first_row + row, k));
+             }
+             return values;
+           };
+           multiply<Element, kColumns, kMajorB>(row_of_a, b, d, add);
+         }});
   }
 };
 
@@ -109,37 +111,34 @@ struct RegisterShared {
     const uint64_t b = std::get<4>(arguments);
     const auto d = results<kColumns, 5>(arguments);
     const bool add = std::get<5 + kColumns / 2>(arguments) == ScaleOut::One;
-    emulator::fiber().products.push_back({b, [=] {
-      const std::array<uint32_t, 4> mine = {*a[0], *a[1], *a[2], *a[3]};
-      const auto fragments = emulator::exchange("wgmma", mine);
-      const auto row_of_a = [&](int row) {
-        std::array<double, 16> values;
-        for (int k = 0; k < 16; ++k) {
-          const uint32_t pair = fragments[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-          Element both[2];
-          std::memcpy(static_cast<void*>(both), &pair, 4);
-          values[k] = static_cast<float>(both[k % 2]);
-        }
-        return values;
-      };
-      multiply<Element, kColumns, kMajorB>(row_of_a, b, d, add);
-    }});
+    emulator::fiber().products.push_back(
+        {b, [=] {
+           const std::array<uint32_t, 4> mine = {*a[0], *a[1], *a[2], *a[3]};
+           const auto fragments = emulator::exchange("wgmma", mine);
+           const auto row_of_a = [&](int row) {
+             std::array<double, 16> values;
+             for (int k = 0; k < 16; ++k) {
+               const uint32_t pair = fragments[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+               Element both[2];
+               std::memcpy(static_cast<void*>(both), &pair, 4);
+               values[k] = static_cast<float>(both[k % 2]);
+             }
+             return values;
+           };
+           multiply<Element, kColumns, kMajorB>(row_of_a, b, d, add);
+         }});
   }
 };
 
-#define EMULATED_WGMMA(kColumns)                                           \
-  template <Major a, Major b>                                              \
-  using MMA_64x##kColumns##x16_F32F16F16_SS =                              \
-      SharedShared<__half, kColumns, a, b>;                                \
-  template <Major a, Major b>                                              \
-  using MMA_64x##kColumns##x16_F32F16F16_RS =                              \
-      RegisterShared<__half, kColumns, a, b>;                              \
-  template <Major a, Major b>                                              \
-  using MMA_64x##kColumns##x16_F32BF16BF16_SS =                            \
-      SharedShared<__nv_bfloat16, kColumns, a, b>;                         \
-  template <Major a, Major b>                                              \
-  using MMA_64x##kColumns##x16_F32BF16BF16_RS =                            \
-      RegisterShared<__nv_bfloat16, kColumns, a, b>;
+#define EMULATED_WGMMA(kColumns)                                                             \
+  template <Major a, Major b>                                                                \
+  using MMA_64x##kColumns##x16_F32F16F16_SS = SharedShared<__half, kColumns, a, b>;          \
+  template <Major a, Major b>                                                                \
+  using MMA_64x##kColumns##x16_F32F16F16_RS = RegisterShared<__half, kColumns, a, b>;        \
+  template <Major a, Major b>                                                                \
+  using MMA_64x##kColumns##x16_F32BF16BF16_SS = SharedShared<__nv_bfloat16, kColumns, a, b>; \
+  template <Major a, Major b>                                                                \
+  using MMA_64x##kColumns##x16_F32BF16BF16_RS = RegisterShared<__nv_bfloat16, kColumns, a, b>;
 EMULATED_WGMMA(64)
 EMULATED_WGMMA(128)
 #undef EMULATED_WGMMA
@@ -147,6 +146,7 @@ EMULATED_WGMMA(128)
 }  // namespace SM90::GMMA
 
 inline void warpgroup_fence_operand(float&) {}
+inline void warpgroup_fence_operand(uint32_t&) {}
 
 inline void warpgroup_arrive() { emulator::meet_warpgroup("wgmma.fence", 0); }
 
