@@ -6,7 +6,7 @@
 
 import torch
 
-from leanattn.ops import append_kv, decode, rope_append_kv
+from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
 
 
 def flash_attn_with_kvcache(
@@ -91,8 +91,22 @@ def flash_attn_with_kvcache(
         elif k_cache.shape[0] > batch:
             k_cache, v_cache = k_cache[:batch], v_cache[:batch]
     window_left, window_right = (size if size >= 0 else -1 for size in window_size)
+    attended = k_cache, v_cache, block_table
+    if cache_leftpad is not None:
+        attended = _left_padded(k_rows, v_rows, batch, cache_batch_idx, cache_leftpad)
+    options = dict(
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=-1 if causal else window_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=None if s_aux is None else s_aux.float(),
+    )
 
     if k is not None:
+        # What decode would refuse must not have changed the caches.
+        check_decode(q, *attended[:2], cache_seqlens, attended[2], **options)
         where = (k_cache, v_cache, cache_seqlens, block_table)
         if rotary_cos is None:
             append_kv(k, v, *where)
@@ -112,23 +126,8 @@ def flash_attn_with_kvcache(
         if cache_seqlens is None:
             cache_seqlens = torch.full_like(cache_leftpad, capacity)
         cache_seqlens = cache_seqlens.clamp(max=capacity) - cache_leftpad
-        k_cache, v_cache, block_table = _left_padded(
-            k_rows, v_rows, batch, cache_batch_idx, cache_leftpad
-        )
     result = decode(
-        q,
-        k_cache,
-        v_cache,
-        cache_seqlens,
-        block_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_left=window_left,
-        window_right=-1 if causal else window_right,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=None if s_aux is None else s_aux.float(),
-        return_lse=return_softmax_lse,
+        q, *attended[:2], cache_seqlens, attended[2], **options, return_lse=return_softmax_lse
     )
     if not return_softmax_lse:
         return result

@@ -246,6 +246,12 @@ def counters(device, n=None):
     return torch.zeros(n, dtype=torch.int32, device=device)
 
 
+def check_decode(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
+    """Raises what `decode` would raise for these arguments."""
+    if not torch.compiler.is_compiling():  # decode itself will check then, when it runs
+        _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
+
+
 def is_supported(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
     """Whether `decode` takes these arguments: (True, "") or (False, the reason)."""
     try:

@@ -272,12 +272,14 @@ def test_cache_leftpad(options, indexed, device):
 
 def test_cache_leftpad_where_tokens_are_not_evenly_spaced(device):
     """Heads before tokens: no page of one token has a place in one dimension."""
-    call = make_call(device, sharp_dtype(device), seqlen_new=None)
+    call = make_call(device, sharp_dtype(device))
     call["cache_leftpad"] = int32((0, 0, 0), device)
     for name in ("k_cache", "v_cache"):
         call[name] = call[name].transpose(1, 2).contiguous().transpose(1, 2)
+    before = call["k_cache"].clone()
     with pytest.raises(NotImplementedError, match="cache_leftpad"):
         flash_attn_with_kvcache(**call)
+    assert_same_bits(call["k_cache"], before)
 
 
 @pytest.mark.parametrize(
@@ -311,12 +313,27 @@ def test_arguments_that_do_not_go_together(name, change):
     assert_same_bits(call["k_cache"], before)
 
 
-def test_errors_of_the_ops_come_through():
+@pytest.mark.parametrize(
+    "message, change",
+    [
+        ("append_kv: k must", lambda call: dict(k=call["k"][..., :32])),
+        ("softcap", lambda call: dict(softcap=-1.0)),
+        ("head", lambda call: dict(q=call["q"][..., :3, :])),
+        ("alibi_slopes", lambda call: dict(alibi_slopes=torch.ones(9))),
+        ("sinks", lambda call: dict(s_aux=torch.ones(9))),
+        ("softcap", lambda call: dict(softcap=-1.0, rotary_cos=torch.ones(90, 8),
+                                      rotary_sin=torch.ones(90, 8))),
+        ("softcap", lambda call: dict(softcap=-1.0, cache_leftpad=torch.zeros(3).int())),
+    ],
+)  # fmt: skip
+def test_errors_of_the_ops_come_through(message, change):
+    """Before the caches are touched, whichever op would refuse."""
     call = make_call("cpu", torch.float32)
-    with pytest.raises(RuntimeError, match="append_kv: k must"):
-        flash_attn_with_kvcache(**{**call, "k": call["k"][..., :32]})
-    with pytest.raises(RuntimeError, match="softcap"):
-        flash_attn_with_kvcache(**{**call, "softcap": -1.0})
+    before = call["k_cache"].clone(), call["v_cache"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        flash_attn_with_kvcache(**{**call, **change(call)})
+    assert_same_bits(call["k_cache"], before[0])
+    assert_same_bits(call["v_cache"], before[1])
 
 
 def test_compile(device):
