@@ -325,15 +325,21 @@ inline UniformLine make_uniform_line(const Problem& problem, int max_units) {
   return line;
 }
 
-// Walks the segments of one unit, in line order. With `uniform`, nothing is read from memory and
-// little is computed: the first copy of a launch waits for this.
+// Walks the segments of one unit, in line order. With a `uniform` that holds, nothing is read from
+// memory and little is computed: the first copy of a launch waits for this.
 class SegmentWalker {
  public:
   // Stream-K: the unit's share of the whole line. `start` is the position of the sequence that holds
   // the first tile of the share, or of one before it.
   LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
-                            const Position& start, const UniformLine* uniform = nullptr)
-      : problem_(&problem), uniform_(uniform), in_team_(false), shares_(shares), position_(start) {
+                            const Position& start, const UniformLine& uniform = {})
+      : problem_(problem),
+        alike_(uniform.one_row_block),
+        alike_keys_(uniform.keys),
+        alike_item_(uniform.item),
+        in_team_(false),
+        shares_(shares),
+        position_(start) {
     const bool idle = shares.is_idle(unit);
     next_ = idle ? 0 : shares.begin(unit);
     end_ = idle ? 0 : shares.end(unit);
@@ -343,8 +349,12 @@ class SegmentWalker {
 
   // Teams: the unit's part of its team's items. The line starts at the team's first item.
   LEANATTN_HD SegmentWalker(const Problem& problem, const Layout& layout, int unit,
-                            const UniformLine* uniform = nullptr)
-      : problem_(&problem), uniform_(uniform), in_team_(true) {
+                            const UniformLine& uniform = {})
+      : problem_(problem),
+        alike_(uniform.one_row_block),
+        alike_keys_(uniform.keys),
+        alike_item_(uniform.item),
+        in_team_(true) {
     const int team = unit / layout.team_size;
     const int first_item = team * layout.items_per_team;
     items_left_ = min_of(num_items(problem) - first_item, layout.items_per_team);
@@ -412,10 +422,10 @@ class SegmentWalker {
 
   // It may have no tile.
   LEANATTN_HD void enter_next_item() {
-    if (row_block_ + 1 < num_row_blocks(*problem_, sequence_)) return enter_next_row_block();
+    if (row_block_ + 1 < num_row_blocks(problem_, sequence_)) return enter_next_row_block();
     item_line_ += item_.size();
     row_block_ = 0;
-    if (++head_ == problem_->num_heads_kv) {
+    if (++head_ == problem_.num_heads_kv) {
       head_ = 0;
       // Stream-K has no tiles in sequences without any; a team counts their items.
       do {
@@ -432,34 +442,36 @@ class SegmentWalker {
   }
 
   LEANATTN_HD void enter_item() {
-    if (is_alike()) {
-      keys_ = uniform_->keys;
-      item_ = uniform_->item;
+    if (alike_) {
+      keys_ = alike_keys_;
+      item_ = alike_item_;
       return;
     }
-    keys_ = item_keys(*problem_, sequence_, row_block_);
-    item_ = item_tiles(*problem_, keys_.any);
+    keys_ = item_keys(problem_, sequence_, row_block_);
+    item_ = item_tiles(problem_, keys_.any);
   }
 
   LEANATTN_HD void enter_next_sequence() {
-    position_ = {position_.seq + 1, next_query_begin(*problem_, sequence_), sequence_end()};
+    position_ = {position_.seq + 1, next_query_begin(problem_, sequence_), sequence_end()};
     enter_sequence();
   }
 
   LEANATTN_HD void enter_sequence() {
-    sequence_ = load_sequence(*problem_, position_.seq, position_.query_begin);
+    sequence_ = load_sequence(problem_, position_.seq, position_.query_begin);
     if (in_team_) return;
-    tiles_per_head_ = is_alike() ? uniform_->item.size() : tiles_per_head(*problem_, sequence_);
+    tiles_per_head_ = alike_ ? alike_item_.size() : tiles_per_head(problem_, sequence_);
   }
 
   LEANATTN_HD int sequence_end() const {
-    return position_.line + problem_->num_heads_kv * tiles_per_head_;
+    return position_.line + problem_.num_heads_kv * tiles_per_head_;
   }
 
-  LEANATTN_HD bool is_alike() const { return uniform_ && uniform_->one_row_block; }
-
-  const Problem* problem_;
-  const UniformLine* uniform_;  // null: the sequences differ
+  // Copies: through pointers a kernel would fetch its own parameters from memory, instead of having them
+  // as constants.
+  Problem problem_;
+  bool alike_;  // all items are, and so:
+  ItemKeys alike_keys_;
+  TileRange alike_item_;
   bool in_team_;
   Shares shares_;
   Position position_;  // of the sequence, and what it is:

@@ -124,10 +124,12 @@ py::array_t<Row> walk_from(const Problem& problem, const Shares& shares, int uni
   return to_numpy(rows);
 }
 
-// The same from the place that a uniform batch's division finds.
+// The same from the place that a uniform batch's division finds, by the host's prepared item.
 py::array_t<Row> walk_uniform(const Problem& problem, const UniformLine& line, int unit) {
-  const Position start = line.start(unit);
-  return walk_from(problem, line.shares, unit, start.seq, start.query_begin, start.line);
+  std::vector<Row> rows;
+  append(rows, SegmentWalker(problem, line.shares, unit, line.start(unit), line), problem,
+         line.shares, unit);
+  return to_numpy(rows);
 }
 
 // The segments of all units of a layout with teams; `uniform`: by the host's prepared item.
@@ -136,7 +138,7 @@ py::array_t<Row> walk_teams(const Problem& problem, const Layout& layout, bool u
   UniformLine line{};
   if (uniform) line = make_uniform_line(problem, layout.num_units);
   for (int unit = 0; unit < layout.num_units; ++unit) {
-    SegmentWalker walker(problem, layout, unit, uniform ? &line : nullptr);
+    SegmentWalker walker(problem, layout, unit, line);
     // A unit alone takes whole items and has no shares; row_of divides by what it is given.
     const Shares shares = layout.team_size == 1 ? make_shares(1, 1, unit) : walker.shares();
     append(rows, walker, problem, shares, unit);

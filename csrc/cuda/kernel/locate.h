@@ -50,15 +50,10 @@ struct Place {
   bool any_empty;  // some sequence may have rows that see no key
 };
 
-__device__ __forceinline__ const UniformLine* uniform_line(const DecodeParams& params) {
-  return params.is_uniform ? &params.uniform : nullptr;
-}
-
 __device__ __forceinline__ SegmentWalker make_walker(const DecodeParams& params, const Place& place,
                                                      int unit) {
-  const UniformLine* uniform = uniform_line(params);
-  if (place.in_teams) return SegmentWalker(params.problem, params.layout, unit, uniform);
-  return SegmentWalker(params.problem, place.shares, unit, place.start, uniform);
+  if (place.in_teams) return SegmentWalker(params.problem, params.layout, unit, params.uniform);
+  return SegmentWalker(params.problem, place.shares, unit, place.start, params.uniform);
 }
 
 // Sequences a thread.
