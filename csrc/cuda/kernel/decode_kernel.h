@@ -121,24 +121,24 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
                                              const RoomPlan& room) {
   auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(ptx::dynamic_smem());
   const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
 
   Ring<Traits> ring(smem, room.num_stages, maps.usable);
   TaskQueue<Traits> tasks(smem);
+  // elect_one_sync, because ptxas then knows that it is one lane: it has a loop over lanes otherwise.
   if (warp == Traits::kProducerWarp) {
+    if (cute::elect_one_sync()) {
+      ring.init(maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
 #if LEANATTN_ARCH >= 900
-    if (lane == 0 && maps.usable) {
-      cute::prefetch_tma_descriptor(&maps.k.tile);
-      cute::prefetch_tma_descriptor(&maps.v.tile);
+      cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
+      if (maps.usable) {
+        cute::prefetch_tma_descriptor(&maps.k.tile);
+        cute::prefetch_tma_descriptor(&maps.v.tile);
+      }
+#endif
     }
-#endif
-    ring.init(lane, maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
-#if LEANATTN_ARCH >= 900
-    cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
-#endif
-    __syncwarp();  // all are initialised before lane 0 copies
+    __syncwarp();  // all are initialised before another lane copies or arrives
   } else if (warp == Traits::kTaskWarp) {
-    tasks.init(lane);
+    if (cute::elect_one_sync()) tasks.init();
     __syncwarp();  // all are initialised before any lane arrives
   }
   // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be

@@ -7,6 +7,7 @@
 #include <cuda.h>
 
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -50,7 +51,8 @@ __device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, in
           min_of(segment.keys.any.end - tile_token, Traits::kTile)};
 }
 
-// By one lane.
+// By one lane. cute::elect_one_sync, and no comparison of the lane, tells the compiler that it is one:
+// else it issues every copy in a loop over the lanes that might be there.
 template <class Traits>
 struct TmaLoader {
   static constexpr int kArrivals = 1;
@@ -62,7 +64,7 @@ struct TmaLoader {
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
-    if (threadIdx.x % 32 != 0) return;
+    if (!cute::elect_one_sync()) return;
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
     const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;

@@ -74,7 +74,7 @@ class PageQueue {
   int first_page_ = 0;  // of the sequence, in the slot
 };
 
-// Boxes that lie inside one page, one a lane: the tile's largest power of two that divides a page.
+// Boxes that lie inside one page: the tile's largest power of two that divides a page.
 template <class Traits>
 class PagedTmaLoader {
  public:
@@ -92,30 +92,37 @@ class PagedTmaLoader {
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
-    static_assert((Traits::kTile >> kMinBoxRowsLog2) * Traits::kColumnBlocks <= 32);
+    static_assert(Traits::kTile >> kMinBoxRowsLog2 <= 32, "a tile has at most one box a lane");
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
     const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
     const int box_rows_log2 = whole ? maps_.tile_box_rows_log2 : maps_.rows_box_rows_log2;
     const int first = rows.begin >> box_rows_log2;
     const int last = ((rows.end - 1) >> box_rows_log2) + 1;
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) {
+    // Where the boxes lie, one a lane; the elected lane asks for one after the other.
+    CacheRow mine{};
+    const int my_box = first + threadIdx.x % 32;
+    if (my_box < last) mine = pages_.find(tile_token + (my_box << box_rows_log2));
+    if (cute::elect_one_sync()) {
       cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
           ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
     }
-    __syncwarp();  // the bytes are expected before the first can come
-    const int box = first + lane / Traits::kColumnBlocks;
-    const int block = lane % Traits::kColumnBlocks;
-    if (box < last) {
-      const int row = box << box_rows_log2;
-      const CacheRow at = pages_.find(tile_token + row);
-      cute::SM90_TMA_LOAD_4D::copy(map, ring.full_barrier(),
-                                   static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                   ring.stage_smem() + block * (Traits::kTile * 128) + row * 128,
-                                   block * 64, at.row, segment.head, at.page);
+#pragma unroll 1
+    for (int box = first; box < last; ++box) {
+      const int page = __shfl_sync(~0u, mine.page, box - first);
+      const int row_of_page = __shfl_sync(~0u, mine.row, box - first);
+      if (cute::elect_one_sync()) {
+        uint8_t* box_smem = ring.stage_smem() + (box << box_rows_log2) * 128;
+#pragma unroll
+        for (int block = 0; block < Traits::kColumnBlocks; ++block) {
+          cute::SM90_TMA_LOAD_4D::copy(
+              map, ring.full_barrier(),
+              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+              box_smem + block * (Traits::kTile * 128), block * 64, row_of_page, segment.head,
+              page);
+        }
+      }
     }
-    __syncwarp();
 #endif
   }
 

@@ -29,11 +29,12 @@ class Ring {
   __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages, bool bulk_copies)
       : smem_(smem), num_stages_(num_stages), bulk_copies_(bulk_copies) {}
 
-  // By the lanes of one warp, before the CTA's first barrier. `producers`: arrivals that fill a stage.
-  __device__ __forceinline__ void init(int lane, int producers) {
-    if (lane < num_stages_) {
-      ptx::mbarrier_init(&smem_.full[lane], producers);
-      ptx::mbarrier_init(&smem_.empty[lane], Traits::kConsumerWarps);
+  // By one lane, before the CTA's first barrier. `producers`: arrivals that fill a stage.
+  __device__ __forceinline__ void init(int producers) {
+#pragma unroll
+    for (int stage = 0; stage < Traits::kMaxStages; ++stage) {  // all: a few stores, and no loop
+      ptx::mbarrier_init(&smem_.full[stage], producers);
+      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
     }
   }
 

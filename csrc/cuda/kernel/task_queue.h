@@ -17,12 +17,12 @@ class TaskQueue {
 
   __device__ __forceinline__ explicit TaskQueue(SharedStorage& smem) : smem_(smem) {}
 
-  // By the lanes of one warp, before the CTA's first barrier.
-  __device__ __forceinline__ void init(int lane) {
-    if (lane < Traits::kTasks) {
+  // By one lane, before the CTA's first barrier.
+  __device__ __forceinline__ void init() {
+    for (int task = 0; task < Traits::kTasks; ++task) {
       // Every lane of the task warp when its q has landed, and lane 0 when the rest is written.
-      ptx::mbarrier_init(&smem_.task_full[lane], 32 + 1);
-      ptx::mbarrier_init(&smem_.task_empty[lane], Traits::kConsumerWarps);
+      ptx::mbarrier_init(&smem_.task_full[task], 32 + 1);
+      ptx::mbarrier_init(&smem_.task_empty[task], Traits::kConsumerWarps);
     }
   }
 

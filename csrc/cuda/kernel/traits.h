@@ -102,7 +102,7 @@ struct DecodeTraits {
   static constexpr int kMergeRows = kMergeGroups * 8;
   static constexpr int kMergePitch = kHeadDim + (kWgmma ? 8 : 4);
 
-  static constexpr int kMaxStages = 16;
+  static constexpr int kMaxStages = 227 * 1024 / kStageBytes;  // a CTA of sm_90 has so much memory
   // With more than one step the keys are still needed when the values are waited for. Else one stage
   // is slow but works: K is released before V needs the room.
   static constexpr int kFewestStages = kWgmma && kSteps > 1 ? 2 : 1;
