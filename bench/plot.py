@@ -24,6 +24,8 @@ STYLES = {  # implementation -> colour, line, marker
     "leanattn-no_counters": (_SKY, "-", "o"),
     "leanattn-cp_async": (_SKY, "--", "v"),
     "leanattn-batch_invariant": (_SKY, ":", "^"),
+    "leanattn-mma": (_SKY, "--", "s"),
+    "leanattn-pdl": (_SKY, "-.", "v"),
     "cudnn": (_ORANGE, "-", "s"),
     "cudnn-folded": (_ORANGE, "--", "s"),
     "flash": (_GREEN, "-", "D"),
