@@ -10,6 +10,7 @@
 #include "launch.h"
 
 #include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
 namespace leanattn {
@@ -56,21 +57,26 @@ __device__ uint32_t stream(int begin, int end, int step, Copy copy) {
   // Swizzled boxes repeat every 1024 bytes.
   extern __shared__ __align__(1024) uint8_t ring_smem[];  // [kStages][kChunkBytes]
   __shared__ uint64_t full[kStages], empty[kStages];
-  if (threadIdx.x < kStages) {
-    ptx::mbarrier_init(&full[threadIdx.x], 1);
-    ptx::mbarrier_init(&empty[threadIdx.x], kConsumers / 32);
+  const bool is_producer_warp = threadIdx.x >= kConsumers;
+  if (is_producer_warp && cute::elect_one_sync()) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(&full[stage], 1);
+      ptx::mbarrier_init(&empty[stage], kConsumers / 32);
+    }
     cutlass::arch::fence_barrier_init();
   }
   __syncthreads();  // the barriers are initialised
   uint32_t seen = 0;
   RingPosition position;
-  if (threadIdx.x == kConsumers) {
+  if (is_producer_warp) {
     for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&empty[position.stage], position.phase ^ 1);
-      copy(index, &full[position.stage], ring_smem + position.stage * kChunkBytes);
+      if (cute::elect_one_sync()) {
+        copy(index, &full[position.stage], ring_smem + position.stage * kChunkBytes);
+      }
       position.advance(kStages);
     }
-  } else if (threadIdx.x < kConsumers) {
+  } else {
     for (int index = begin; index < end; index += step) {
       ptx::mbarrier_wait_parity(&full[position.stage], position.phase);
       seen ^= *reinterpret_cast<const uint32_t*>(ring_smem + position.stage * kChunkBytes +
