@@ -22,6 +22,7 @@ from bench.provenance import provenance
 from bench.results import FLOOR, ROWS_FLOOR, Row, Writer, shape_columns
 from bench.shapes import SETS, shapes_of
 from bench.tables import print_tables
+from leanattn.demo_info import device_argument
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,7 +85,7 @@ def _parse(arguments):
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument(
-        "--device", type=_device, default="cuda", help="cuda, cuda:N; cpu to try --set tiny"
+        "--device", type=device_argument, default="cuda", help="cuda, cuda:N; cpu to try --set tiny"
     )
     parser.add_argument(
         "--memory", type=float, default=48, metavar="GIB", help="for K and V at most; default: 48"
@@ -111,16 +112,6 @@ def _parse(arguments):
         if path:
             path.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def _device(text):
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return device
 
 
 def _patterns(text):

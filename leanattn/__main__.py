@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from leanattn.demo_info import device_argument
+
 
 def main(arguments=None):
     """Runs the command and returns its exit code: 0 if all is well, 1 if not (argparse: 2)."""
@@ -39,8 +41,9 @@ def _parser():
         help="demo (the default), or info: versions, devices, and what would run",
     )  # fmt: skip
     parser.add_argument(
-        "--device", type=_device, help="cpu, cuda or cuda:N; default: cuda where it can be used"
-    )
+        "--device", type=device_argument,
+        help="cpu, cuda or cuda:N; default: cuda where it can be used",
+    )  # fmt: skip
     parser.add_argument(
         "--lengths", type=_lengths, metavar="N,N,...",
         help="tokens of each sequence; default: 12 sequences of 17 to 100000, on the CPU to 4000",
@@ -51,16 +54,6 @@ def _parser():
     )  # fmt: skip
     parser.add_argument("--no-picture", action="store_true", help="write no picture")
     return parser
-
-
-def _device(text):
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
-    return device
 
 
 def _lengths(text):

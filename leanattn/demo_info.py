@@ -1,5 +1,6 @@
 """What is installed here, and which code a decode would run: `python -m leanattn info`."""
 
+import argparse
 import os
 import platform
 import re
@@ -56,6 +57,17 @@ def cuda_problem():
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return ""
+
+
+def device_argument(text):
+    """argparse's type of a device: cpu, cuda or cuda:N."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
+    return device
 
 
 def device_name(device):

@@ -1,5 +1,6 @@
 """Inputs for the op, as keyword arguments that both `reference` and the op understand."""
 
+import pytest
 import torch
 from reference import assert_close, clamped_lengths, query_ranges, visible_range
 
@@ -89,3 +90,18 @@ def check(case, **more):
     out, lse = run(case, **more)
     assert_close(out, lse, **case)
     return out, lse
+
+
+def launched(call):
+    """Names of what `call` launches on the GPU: kernels, copies and memsets."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    names = [event.name for event in profile.events() if event.device_type == cuda]
+    names = [name for name in names if "Sync" not in name]
+    if not names:
+        pytest.skip("the profiler sees no kernels here")
+    return names

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from cases import int32, make_case, offsets, run, sharp_dtype
+from cases import int32, launched, make_case, offsets, run, sharp_dtype
 from reference import assert_close, assert_same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -398,16 +398,7 @@ def test_one_launch(name, counted, device, loader):
     case = make_case(device, torch.bfloat16, **INPUTS[name])
     if counted:
         case["counters"] = leanattn.counters(torch.device(device), 256)
-    run(case)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run(case)
-        torch.cuda.synchronize()
-    cuda = torch.autograd.DeviceType.CUDA
-    names = [event.name for event in profile.events() if event.device_type == cuda]
-    names = [name for name in names if "Sync" not in name]
-    if not names:
-        pytest.skip("the profiler sees no kernels here")
+    names = launched(lambda: run(case))
     memsets = [name for name in names if name.startswith("Memset")]
     assert len(names) - len(memsets) == 1, names
     assert len(memsets) <= (0 if counted else 1), names

@@ -185,10 +185,9 @@ void dispatch(const KernelKey& key, Visit visit) {
   return dispatch_head_dim<__nv_bfloat16>(key, visit);
 }
 
-// Code of sm_90a runs on 9.0 alone; a build with PTX only, of whatever age, has none.
+// Where the driver took code of sm_90a, which runs on 9.0 alone.
 bool can_use_wgmma(int device) {
-  return device_limits(device).capability == 90 &&
-         setup_kernel<DecodeTraits<__half, 64, 8, Kind::kMma>>(device).has_tma;
+  return setup_kernel<DecodeTraits<__half, 64, 32, Kind::kWgmma>>(device).num_stages > 0;
 }
 
 constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
@@ -196,9 +195,10 @@ constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
 constexpr int kFewestWgmmaRows = 32;
 
 KernelKey make_key(const DecodeParams& params, int rows, int device) {
+  const bool without_wgmma = is_second("LEANATTN_MMA", "wgmma", "mma");
   const auto kind = [&] {
     if (params.batch_invariant) return Kind::kTree;
-    if (rows < kFewestWgmmaRows || is_second("LEANATTN_MMA", "wgmma", "mma")) return Kind::kMma;
+    if (rows < kFewestWgmmaRows || without_wgmma) return Kind::kMma;
     return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
   };
   return {params.element_type, max_of(params.head_dim, params.head_dim_v), rows, kind()};

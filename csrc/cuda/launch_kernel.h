@@ -18,14 +18,16 @@ const KernelSetup& setup_kernel(int device) {
   if (setup.done.load(std::memory_order_acquire)) return setup;
   // Two threads may come here together: both find the same values.
   const auto kernel = decode_kernel<Traits>;
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   const int available = device_limits(device).shared_memory_bytes - Traits::kRingOffset;
   const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
-  if (num_stages < Traits::kFewestStages) {
+  // Without wgmma, as in what the driver compiles from PTX, the kernel is empty: a handful of registers.
+  const bool is_empty = Traits::kWgmma && attributes.numRegs < 64;
+  if (num_stages < Traits::kFewestStages || is_empty) {
     setup.done.store(true, std::memory_order_release);
     return setup;
   }
-  cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   setup.has_tma = attributes.ptxVersion >= 90 && device_limits(device).capability >= 90;
   setup.num_stages = num_stages;
   setup.shared_memory_bytes = Traits::kRingOffset + num_stages * Traits::kStageBytes;
@@ -63,7 +65,7 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
-  if (setup.has_tma && wants_dependent_launch()) launch.overlap_with_previous_kernel();
+  if (wants_dependent_launch() && setup.has_tma) launch.overlap_with_previous_kernel();
   const RoomPlan room = Traits::kTree ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),
              "cudaLaunchKernelEx");

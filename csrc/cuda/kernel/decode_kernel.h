@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if constexpr (!Traits::kWgmma || LEANATTN_HAS_WGMMA) {
     decode_share<Traits>(params, maps, room);
   } else {
-    __trap();  // can_use_wgmma() keeps it from being launched, unless PTX is forced upon it
+    __trap();  // never launched: can_use_wgmma()
   }
 }
 

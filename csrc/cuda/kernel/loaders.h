@@ -16,8 +16,8 @@
 namespace leanattn {
 
 // Tensor maps of K or V, [B, Hkv, S, 64 of D] from the outermost dimension ([num_pages, Hkv,
-// page_size, 64 of D] if paged), 128-byte swizzle. A copy costs its issuer about 100 cycles whatever
-// its size, so whole tiles have a map of their own; the small boxes are for tiles that are not seen
+// page_size, 64 of D] if paged), 128-byte swizzle. A copy costs its issuer the same whatever its
+// size, so whole tiles have a map of their own; the small boxes are for tiles that are not seen
 // as a whole.
 struct CacheMaps {
   CUtensorMap tile;  // boxes of a tile's tokens, or of as many as fit into pages

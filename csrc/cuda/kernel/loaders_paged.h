@@ -74,19 +74,28 @@ class PageQueue {
   int first_page_ = 0;  // of the sequence, in the slot
 };
 
-// Boxes that lie inside one page: the tile's largest power of two that divides a page.
 template <class Traits>
-class PagedTmaLoader {
+class PagedLoader {
  public:
-  static constexpr int kArrivals = 1;
-
-  __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
-      : maps_(maps), pages_(pages) {}
+  __device__ __forceinline__ explicit PagedLoader(const PageQueue<Traits>& pages) : pages_(pages) {}
 
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
     pages_.begin_tile(segment, tile_token);
   }
   __device__ __forceinline__ void end_tile() { pages_.end_tile(); }
+
+ protected:
+  PageQueue<Traits> pages_;
+};
+
+// Boxes that lie inside one page: the tile's largest power of two that divides a page.
+template <class Traits>
+class PagedTmaLoader : public PagedLoader<Traits> {
+ public:
+  static constexpr int kArrivals = 1;
+
+  __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
+      : PagedLoader<Traits>(pages), maps_(maps) {}
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
@@ -102,7 +111,7 @@ class PagedTmaLoader {
     // Where the boxes lie, one a lane; the elected lane asks for one after the other.
     CacheRow mine{};
     const int my_box = first + threadIdx.x % 32;
-    if (my_box < last) mine = pages_.find(tile_token + (my_box << box_rows_log2));
+    if (my_box < last) mine = this->pages_.find(tile_token + (my_box << box_rows_log2));
     if (cute::elect_one_sync()) {
       cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
           ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
@@ -128,22 +137,15 @@ class PagedTmaLoader {
 
  private:
   const TensorMaps& maps_;
-  PageQueue<Traits> pages_;
 };
 
 // Any page size. A lane works out where one row in 32 lies and the others ask it.
 template <class Traits>
-class PagedCpAsyncLoader {
+class PagedCpAsyncLoader : public PagedLoader<Traits> {
  public:
   static constexpr int kArrivals = 32;
 
-  __device__ __forceinline__ explicit PagedCpAsyncLoader(const PageQueue<Traits>& pages)
-      : pages_(pages) {}
-
-  __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
-    pages_.begin_tile(segment, tile_token);
-  }
-  __device__ __forceinline__ void end_tile() { pages_.end_tile(); }
+  using PagedLoader<Traits>::PagedLoader;
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
                                        const Segment& segment, int tile_token,
@@ -162,7 +164,7 @@ class PagedCpAsyncLoader {
     for (int group = rows.begin / 32 * 32; group < rows.end; group += 32) {
       int64_t my_offset = 0;
       if (rows.contains(group + lane)) {
-        const CacheRow at = pages_.find(tile_token + group + lane);
+        const CacheRow at = this->pages_.find(tile_token + group + lane);
         my_offset = at.page * cache.batch_stride + at.row * cache.seq_stride;
       }
 #pragma unroll 4
@@ -179,9 +181,6 @@ class PagedCpAsyncLoader {
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
   }
-
- private:
-  PageQueue<Traits> pages_;
 };
 
 }  // namespace leanattn
