@@ -8,6 +8,7 @@
 
 #include "append_value_checks.h"
 #include "cpu/append_cpu.h"
+#include "tensor_params.h"
 #include "torch_parallel_for.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
@@ -56,10 +57,6 @@ void check_devices(const Checker& check, const Arguments& a) {
                   [&](const Tensor& t, const char* name) { check.same_device(t, name, a.k, "k"); });
 }
 
-bool is_fp8(ScalarType type) {
-  return type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2;
-}
-
 void check_dtypes(const Checker& check, const Arguments& a) {
   const auto is_float = [&](ScalarType type) {
     return type == ScalarType::Half || type == ScalarType::BFloat16 ||
@@ -69,7 +66,7 @@ void check_dtypes(const Checker& check, const Arguments& a) {
   const ScalarType cache_type = a.k_cache.scalar_type();
   check.require(is_float(type), "k", "must be Half or BFloat16 (Float too on the CPU), got ",
                 toString(type), " on ", device_string(a.k));
-  check.require(is_float(cache_type) || is_fp8(cache_type), "k_cache",
+  check.require(is_float(cache_type) || is_fp8(a.k_cache), "k_cache",
                 "must be Half, BFloat16, Float8_e4m3fn or Float8_e5m2 (Float too on the CPU), got ",
                 toString(cache_type), " on ", device_string(a.k_cache));
   check.dtype(a.v, "v", type);
@@ -84,14 +81,6 @@ void check_dtypes(const Checker& check, const Arguments& a) {
                   "must be Float or q's dtype, ", toString(type), ", got ", toString(table_type));
     check.dtype(*a.sin, "sin", table_type);
   }
-  const auto scale = [&](const OptionalTensor& t, const char* name) {
-    if (!t) return;
-    check.require(is_fp8(cache_type), name, "goes with Float8 caches only, got it with ",
-                  toString(cache_type));
-    check.dtype(*t, name, ScalarType::Float);
-  };
-  scale(a.k_scale, "k_scale");
-  scale(a.v_scale, "v_scale");
 }
 
 int64_t batch_of(const Arguments& a) {
@@ -198,18 +187,6 @@ void check_rope(const Checker& check, const Arguments& a) {
                 shape_string(*a.cos));
 }
 
-void check_scale(const Checker& check, const Arguments& a, const OptionalTensor& scale,
-                 const char* name) {
-  if (!scale || scale->numel() == 1) return;
-  const int64_t heads = a.k_cache.size(2);
-  constexpr const char* kNames = "one element, [num_heads_kv] or [batch, num_heads_kv]";
-  if (scale->dim() == 1) {
-    check.shape(*scale, name, kNames, {heads});
-  } else {
-    check.shape(*scale, name, kNames, {batch_of(a), heads});
-  }
-}
-
 // What is written must not overlap itself.
 void check_no_overlap(const Checker& check, const Tensor& t, const char* name) {
   for (int64_t i = 0; i < t.dim(); ++i) {
@@ -223,34 +200,14 @@ void check_arguments(const Checker& check, const Arguments& a) {
   check_dtypes(check, a);
   check_shapes(check, a);
   check_rope(check, a);
-  check_scale(check, a, a.k_scale, "k_scale");
-  check_scale(check, a, a.v_scale, "v_scale");
+  check.scale(a.k_scale, "k_scale", a.k_cache, batch_of(a));
+  check.scale(a.v_scale, "v_scale", a.k_cache, batch_of(a));
   check_no_overlap(check, a.k_cache, "k_cache");
   check_no_overlap(check, a.v_cache, "v_cache");
   if (a.q) check_no_overlap(check, *a.q, "q");
 }
 
 // --- Parameters ----------------------------------------------------------------------------------
-
-ElementType element_type(ScalarType type) {
-  if (type == ScalarType::Float) return ElementType::kFloat32;
-  return type == ScalarType::Half ? ElementType::kFloat16 : ElementType::kBFloat16;
-}
-
-CacheType cache_type(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return CacheType::kFloat32;
-    case ScalarType::Half:
-      return CacheType::kFloat16;
-    case ScalarType::BFloat16:
-      return CacheType::kBFloat16;
-    case ScalarType::Float8_e4m3fn:
-      return CacheType::kFloat8E4M3;
-    default:
-      return CacheType::kFloat8E5M2;
-  }
-}
 
 // The stride of a single row means nothing.
 int64_t stride_of(const Tensor& t, int64_t dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); }
@@ -273,15 +230,6 @@ Rows new_rows(const Arguments& a, const Tensor& t, const void* data) {
   return rows;
 }
 
-const int32_t* int_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
-
-Scales make_scales(const OptionalTensor& t) {
-  if (!t) return {nullptr, 0, 0};
-  const float* data = static_cast<const float*>(t->const_data_ptr());
-  if (t->numel() == 1) return {data, 0, 0};
-  return {data, t->dim() == 2 ? t->stride(0) : 0, t->stride(t->dim() - 1)};
-}
-
 RopeTable make_table(const Tensor& t) {
   return {t.const_data_ptr(), stride_of(t, 0), stride_of(t, 1)};
 }
@@ -289,8 +237,8 @@ RopeTable make_table(const Tensor& t) {
 AppendParams make_params(const Arguments& a) {
   AppendParams p{};
   const int64_t dims = a.k.dim();
-  p.element_type = element_type(a.k.scalar_type());
-  p.cache_type = cache_type(a.k_cache.scalar_type());
+  p.element_type = element_type_of(a.k);
+  p.cache_type = cache_type_of(a.k_cache);
   p.batch = static_cast<int>(batch_of(a));
   p.num_heads_kv = static_cast<int>(a.k_cache.size(2));
   p.head_dim = static_cast<int>(a.k_cache.size(3));
@@ -299,7 +247,7 @@ AppendParams make_params(const Arguments& a) {
   p.seqlen_new = FastDivisor(std::max(seqlen_new, 1));
   p.num_tokens = static_cast<int>(a.cu_seqlens ? a.k.size(0) : a.k.size(0) * seqlen_new);
   if (a.cu_seqlens) {
-    p.cu_seqlens = int_data(*a.cu_seqlens);
+    p.cu_seqlens = int_data(a.cu_seqlens);
     p.cu_seqlens_stride = a.cu_seqlens->stride(0);
   }
   p.cache_seqlens = int_data(a.cache_seqlens);
@@ -307,7 +255,7 @@ AppendParams make_params(const Arguments& a) {
   int64_t capacity = a.k_cache.size(1);
   p.page_size = FastDivisor(1);
   if (a.block_table) {
-    p.block_table = int_data(*a.block_table);
+    p.block_table = int_data(a.block_table);
     p.block_table_batch_stride = a.block_table->stride(0);
     p.block_table_page_stride = a.block_table->stride(1);
     p.num_pages = static_cast<int>(a.k_cache.size(0));

@@ -14,16 +14,9 @@
 
 namespace leanattn {
 
-enum class CacheType { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kFloat8E5M2 };
-
 struct Rows {
   void* data;  // [batch, seq, heads, dim]
   int64_t batch_stride, seq_stride, head_stride, dim_stride;
-};
-
-struct Scales {
-  const float* data;  // [B, Hkv], or null: 1
-  int64_t batch_stride, head_stride;
 };
 
 struct RopeTable {
@@ -115,10 +108,6 @@ LEANATTN_HD CacheSlot find_slot(const AppendParams& p, int seq, int64_t position
 
 LEANATTN_HD int64_t slot_offset(const Rows& cache, const CacheSlot& slot, int head) {
   return slot.page * cache.batch_stride + slot.row * cache.seq_stride + head * cache.head_stride;
-}
-
-LEANATTN_HD float scale_of(const Scales& scales, int seq, int head) {
-  return scales.data ? scales.data[seq * scales.batch_stride + head * scales.head_stride] : 1.0f;
 }
 
 // The row of cos and sin for a position.

@@ -50,19 +50,37 @@ void Checker::shape(const Tensor& t, const char* argument, const char* names,
           ", got ", shape_string(t));
 }
 
+void Checker::scale(const OptionalTensor& t, const char* argument, const Tensor& cache,
+                    int64_t batch) const {
+  if (!t) return;
+  require(is_fp8(cache), argument, "goes with Float8 caches only, got it with ",
+          toString(cache.scalar_type()));
+  dtype(*t, argument, ScalarType::Float);
+  if (t->numel() == 1) return;
+  const int64_t heads = cache.size(2);
+  constexpr const char* kNames = "one element, [num_heads_kv] or [batch, num_heads_kv]";
+  if (t->dim() == 1) {
+    shape(*t, argument, kNames, {heads});
+  } else {
+    shape(*t, argument, kNames, {batch, heads});
+  }
+}
+
 void Checker::cuda_layout(const Tensor& t, const char* argument) const {
   const int64_t element_size = static_cast<int64_t>(t.element_size());
   const int64_t dims = t.dim();
   require(t.stride(dims - 1) == 1 || t.size(dims - 1) == 1, argument,
           "must have a contiguous last dimension on CUDA, got strides ", list_string(t.strides()));
   if (t.numel() == 0) return;
+  const int64_t grain = is_fp8(t) ? 8 : 16;
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  require(address % 16 == 0, argument, "must begin on a 16-byte boundary on CUDA, got address ",
-          address, ", which is ", address % 16, " bytes past one");
+  require(address % grain == 0, argument, "must begin on a ", grain,
+          "-byte boundary on CUDA, got address ", address, ", which is ", address % grain,
+          " bytes past one");
   for (int64_t i = 0; i < dims - 1; ++i) {
     // The stride of a single row means nothing.
-    require(t.size(i) == 1 || t.stride(i) * element_size % 16 == 0, argument,
-            "must have strides that are multiples of 16 bytes (", 16 / element_size,
+    require(t.size(i) == 1 || t.stride(i) * element_size % grain == 0, argument,
+            "must have strides that are multiples of ", grain, " bytes (", grain / element_size,
             " elements) on CUDA, got strides ", list_string(t.strides()));
   }
 }

@@ -34,6 +34,10 @@ inline std::string shape_string(const Tensor& t) { return list_string(t.sizes())
 
 std::string device_string(const Tensor& t);
 
+inline bool is_fp8(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Float8_e4m3fn || t.scalar_type() == ScalarType::Float8_e5m2;
+}
+
 // The op whose arguments are being checked.
 class Checker {
  public:
@@ -57,7 +61,11 @@ class Checker {
                    const char* other_name = "q") const;
   void shape(const Tensor& t, const char* argument, const char* names,
              std::initializer_list<int64_t> wanted) const;
-  // The last dimension contiguous and everything else on 16-byte boundaries, which CUDA needs.
+  // Of a float8 cache, [.., .., num_heads_kv, ..]: fp32 of one element, a head, or a sequence and head.
+  void scale(const OptionalTensor& t, const char* argument, const Tensor& cache,
+             int64_t batch) const;
+  // The last dimension contiguous and everything else on 16-byte boundaries, of a float8 cache on
+  // 8-byte ones, which CUDA needs.
   void cuda_layout(const Tensor& t, const char* argument) const;
 
  private:

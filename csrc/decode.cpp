@@ -15,6 +15,7 @@
 #include "cpu/decode_cpu.h"
 #include "decode_check.h"
 #include "params.h"
+#include "tensor_params.h"
 #include "torch_parallel_for.h"
 #include "tree_fold.h"
 #include "value_checks.h"
@@ -40,14 +41,6 @@ namespace {
 // A window that reaches past every int is none.
 int window(int64_t value) { return value > kMaxInt ? -1 : static_cast<int>(value); }
 
-const int32_t* int_data(const OptionalTensor& t) {
-  return t ? static_cast<const int32_t*>(t->const_data_ptr()) : nullptr;
-}
-
-const float* float_data(const OptionalTensor& t) {
-  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-}
-
 // Tokens that a sequence can hold. Lengths are int32, so more than that cannot be used.
 int capacity_of(const DecodeArguments& a) {
   if (!a.block_table) return static_cast<int>(a.k_cache.size(1));
@@ -56,12 +49,12 @@ int capacity_of(const DecodeArguments& a) {
   return static_cast<int>(std::min(max_pages * a.k_cache.size(1), kMaxInt));
 }
 
-DecodeParams make_params(const DecodeArguments& a, ElementType type, const Tensor& out,
-                         const OptionalTensor& lse) {
+DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const OptionalTensor& lse) {
   DecodeParams p{};
   const int64_t q_dims = a.q.dim();
   const bool ragged = a.cu_seqlens_q.has_value();
-  p.element_type = type;
+  p.element_type = element_type_of(a.q);
+  p.cache_type = cache_type_of(a.k_cache);
   p.head_dim = static_cast<int>(a.q.size(q_dims - 1));
   p.head_dim_v = static_cast<int>(a.v_cache.size(3));
   p.num_heads_q = static_cast<int>(a.q.size(q_dims - 2));
@@ -124,6 +117,8 @@ DecodeParams make_params(const DecodeArguments& a, ElementType type, const Tenso
   const int64_t tiles = ceil_div<int64_t>(problem.capacity, 1 << problem.tile_tokens_log2);
   p.max_nodes = p.batch_invariant ? max_nodes(static_cast<int>(tiles)) : 1;
 
+  p.k_scale = make_scales(a.k_scale);
+  p.v_scale = make_scales(a.v_scale);
   p.softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(p.head_dim)));
   p.softcap = static_cast<float>(a.softcap);
   p.alibi_slopes = float_data(a.alibi_slopes);
@@ -233,7 +228,8 @@ Items items_of(const DecodeParams& p) {
   problem.cache_seqlens = nullptr;
   const int tiles = tiles_per_head(problem, load_sequence(problem, 0, 0));
   return {num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
-          static_cast<double>(int64_t{p.head_dim + p.head_dim_v} * 2 << problem.tile_tokens_log2),
+          static_cast<double>(int64_t{p.head_dim + p.head_dim_v} * (is_float8(p.cache_type) ? 1 : 2)
+                              << problem.tile_tokens_log2),
           static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
 }
 
@@ -304,10 +300,10 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
 }
 #endif
 
-void run(const Checker& check, const DecodeArguments& a, ElementType type, const Tensor& out,
+void run(const Checker& check, const DecodeArguments& a, const Tensor& out,
          const OptionalTensor& lse) {
   if (out.numel() == 0) return;
-  DecodeParams params = make_params(a, type, out, lse);
+  DecodeParams params = make_params(a, out, lse);
   if (a.q.is_cpu()) return run_cpu(check, a, params);
 #ifdef LEANATTN_WITH_CUDA
   run_cuda(check, a, params);
@@ -337,36 +333,36 @@ Tensor make_lse(const DecodeArguments& a) {
 Tensor decode(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
-  const ElementType type = check_arguments(check, arguments);
+  check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
-  run(check, arguments, type, out, std::nullopt);
+  run(check, arguments, out, std::nullopt);
   return out;
 }
 
 std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode_with_lse");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
-  const ElementType type = check_arguments(check, arguments);
+  check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
   const Tensor lse = make_lse(arguments);
-  run(check, arguments, type, out, lse);
+  run(check, arguments, out, lse);
   return {out, lse};
 }
 
 void decode_out(LEANATTN_DECODE_ARGUMENTS, Tensor out) {
   const Checker check("decode_out");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
-  const ElementType type = check_arguments(check, arguments);
+  check_arguments(check, arguments);
   check_out(check, arguments, out, std::nullopt);
-  run(check, arguments, type, out, std::nullopt);
+  run(check, arguments, out, std::nullopt);
 }
 
 void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
   const Checker check("decode_with_lse_out");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
-  const ElementType type = check_arguments(check, arguments);
+  check_arguments(check, arguments);
   check_out(check, arguments, out, lse);
-  run(check, arguments, type, out, lse);
+  run(check, arguments, out, lse);
 }
 
 void decode_check(LEANATTN_DECODE_ARGUMENTS) {

@@ -9,28 +9,19 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 256;
 
-void check_not_built(const Checker& check, const DecodeArguments& a) {
-  check.require(!a.k_scale, "k_scale", "is not supported yet: got a tensor; allowed is None");
-  check.require(!a.v_scale, "v_scale", "is not supported yet: got a tensor; allowed is None");
-}
-
-ElementType check_dtypes(const Checker& check, const DecodeArguments& a) {
+void check_dtypes(const Checker& check, const DecodeArguments& a) {
   const ScalarType type = a.q.scalar_type();
   const bool sixteen_bit = type == ScalarType::Half || type == ScalarType::BFloat16;
   check.require(sixteen_bit || (type == ScalarType::Float && a.q.is_cpu()), "q",
                 "must be Half or BFloat16 (Float too on the CPU), got ", toString(type), " on ",
                 device_string(a.q));
-  const auto cache = [&](const Tensor& t, const char* name) {
-    const ScalarType got = t.scalar_type();
-    check.require(got != ScalarType::Float8_e4m3fn && got != ScalarType::Float8_e5m2, name,
-                  "of dtype ", toString(got), " is not supported yet; allowed is q's dtype, ",
-                  toString(type));
-    check.dtype(t, name, type);
-  };
-  cache(a.k_cache, "k_cache");
-  cache(a.v_cache, "v_cache");
-  if (type == ScalarType::Float) return ElementType::kFloat32;
-  return type == ScalarType::Half ? ElementType::kFloat16 : ElementType::kBFloat16;
+  const ScalarType cache_type = a.k_cache.scalar_type();
+  check.require(cache_type == type || (sixteen_bit && is_fp8(a.k_cache)), "k_cache",
+                "must be q's dtype, ", toString(type),
+                sixteen_bit ? ", Float8_e4m3fn or Float8_e5m2" : "", ", got ",
+                toString(cache_type));
+  check.require(a.v_cache.scalar_type() == cache_type, "v_cache", "must be k_cache's dtype, ",
+                toString(cache_type), ", got ", toString(a.v_cache.scalar_type()));
 }
 
 void check_devices(const Checker& check, const DecodeArguments& a) {
@@ -45,14 +36,18 @@ void check_devices(const Checker& check, const DecodeArguments& a) {
   optional(a.cu_seqlens_q, "cu_seqlens_q");
   optional(a.alibi_slopes, "alibi_slopes");
   optional(a.sinks, "sinks");
+  optional(a.k_scale, "k_scale");
+  optional(a.v_scale, "v_scale");
   optional(a.counters, "counters");
 }
 
-void check_head_dim(const Checker& check, const char* name, int64_t head_dim) {
+void check_head_dim(const Checker& check, const char* name, int64_t head_dim, int64_t grain) {
   check.require(head_dim <= kMaxHeadDim, name, "has head dim ", head_dim,
-                ", which is not supported yet; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
-  check.require(head_dim >= 8 && head_dim % 8 == 0, name, "has head dim ", head_dim,
-                "; allowed are multiples of 8 from 8 to ", kMaxHeadDim);
+                ", which is not supported yet; allowed are multiples of ", grain, " from ", grain,
+                " to ", kMaxHeadDim);
+  check.require(head_dim >= grain && head_dim % grain == 0, name, "has head dim ", head_dim,
+                "; allowed are multiples of ", grain, " from ", grain, " to ", kMaxHeadDim,
+                grain > 8 ? " with Float8 caches" : "");
 }
 
 void check_block_table(const Checker& check, const DecodeArguments& a) {
@@ -90,8 +85,9 @@ void check_shapes(const Checker& check, const DecodeArguments& a) {
   const int64_t heads_kv = a.k_cache.size(2);
   const int64_t head_dim = a.q.size(q_dims - 1);
   const int64_t head_dim_v = a.v_cache.size(3);
-  check_head_dim(check, "q", head_dim);
-  check_head_dim(check, "v_cache", head_dim_v);
+  const int64_t grain = is_fp8(a.k_cache) ? 16 : 8;
+  check_head_dim(check, "q", head_dim, grain);
+  check_head_dim(check, "v_cache", head_dim_v, grain);
   if (!a.cu_seqlens_q) {
     check.require(a.q.size(0) == batch, "q", "must have ",
                   a.block_table ? "block_table's" : "k_cache's", " batch, ", batch, ", got ",
@@ -145,6 +141,8 @@ void check_optional_tensors(const Checker& check, const DecodeArguments& a) {
     check.dtype(*a.sinks, "sinks", ScalarType::Float);
     check.shape(*a.sinks, "sinks", "[num_heads_q]", {heads_q});
   }
+  check.scale(a.k_scale, "k_scale", a.k_cache, batch);
+  check.scale(a.v_scale, "v_scale", a.k_cache, batch);
   if (a.counters) {
     check.dtype(*a.counters, "counters", ScalarType::Int);
     check.require(a.counters->dim() == 1 && a.counters->is_contiguous(), "counters",
@@ -177,10 +175,9 @@ void check_scalars(const Checker& check, const DecodeArguments& a) {
 
 }  // namespace
 
-ElementType check_arguments(const Checker& check, const DecodeArguments& a) {
-  check_not_built(check, a);
+void check_arguments(const Checker& check, const DecodeArguments& a) {
   check_devices(check, a);
-  const ElementType type = check_dtypes(check, a);
+  check_dtypes(check, a);
   check_shapes(check, a);
   check_optional_tensors(check, a);
   check_scalars(check, a);
@@ -189,7 +186,6 @@ ElementType check_arguments(const Checker& check, const DecodeArguments& a) {
     check.cuda_layout(a.k_cache, "k_cache");
     check.cuda_layout(a.v_cache, "v_cache");
   }
-  return type;
 }
 
 void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out,

@@ -7,7 +7,6 @@
 #include <optional>
 
 #include "check.h"
-#include "params.h"
 
 namespace leanattn {
 
@@ -30,7 +29,7 @@ inline int64_t batch_of(const DecodeArguments& a) {
   return a.block_table ? a.block_table->size(0) : a.k_cache.size(0);
 }
 
-ElementType check_arguments(const Checker& check, const DecodeArguments& a);
+void check_arguments(const Checker& check, const DecodeArguments& a);
 
 // What the caller gives to write into, after check_arguments.
 void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out,

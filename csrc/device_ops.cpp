@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/merge.h"
 #include "cuda_stream.h"
+#include "tensor_params.h"
 #endif
 
 namespace leanattn {
@@ -71,10 +72,9 @@ void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
   check.cuda_layout(v_cache, "v_cache");
   check.same_device(sink, "sink", k_cache);
   check.dtype(sink, "sink", ScalarType::Int);
-  const bool is_half = k_cache.scalar_type() == ScalarType::Half;
 
   DecodeParams p{};
-  p.element_type = is_half ? ElementType::kFloat16 : ElementType::kBFloat16;
+  p.cache_type = cache_type_of(k_cache);
   p.head_dim = p.head_dim_v = static_cast<int>(k_cache.size(3));
   p.problem.batch = static_cast<int>(k_cache.size(0));
   p.problem.capacity = static_cast<int>(k_cache.size(1));

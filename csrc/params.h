@@ -11,12 +11,28 @@
 namespace leanattn {
 
 enum class ElementType { kFloat32, kFloat16, kBFloat16 };
+enum class CacheType { kFloat32, kFloat16, kBFloat16, kFloat8E4M3, kFloat8E5M2 };
+
+LEANATTN_HD bool is_float8(CacheType type) {
+  return type == CacheType::kFloat8E4M3 || type == CacheType::kFloat8E5M2;
+}
+
+// What the numbers of a float8 cache stand for: times this.
+struct Scales {
+  const float* data;  // [B, Hkv], or null: 1
+  int64_t batch_stride, head_stride;
+};
+
+LEANATTN_HD float scale_of(const Scales& scales, int seq, int head) {
+  return scales.data ? scales.data[seq * scales.batch_stride + head * scales.head_stride] : 1.0f;
+}
 
 // Rows that a batch-invariant item holds at most, on CUDA.
 constexpr int kFoldRows = 16;
 
 struct DecodeParams {
-  ElementType element_type;  // of q, k, v and out
+  ElementType element_type;  // of q and out
+  CacheType cache_type;      // of k and v: the same, or a float8
   int head_dim;              // D
   int head_dim_v;            // Dv
   int num_heads_q;
@@ -44,6 +60,7 @@ struct DecodeParams {
   float* lse;  // [B, Sq, Hq], or null: not wanted
   int64_t lse_batch_stride, lse_seq_stride, lse_head_stride;
 
+  Scales k_scale, v_scale;
   float softmax_scale;
   float softcap;              // 0: off
   const float* alibi_slopes;  // [B, Hq]
@@ -64,6 +81,13 @@ struct DecodeParams {
   int32_t* counters;             // tickets, zero before and after; see counter_index
   bool counter_per_item;         // one counter an item instead of one a unit
 };
+
+// The head dim that the kernel for a call is compiled for; D and Dv are padded to it. Rows of K and V
+// have at least 128 bytes there.
+LEANATTN_HD int kernel_head_dim(const DecodeParams& p) {
+  const int padded = padded_head_dim(max_of(p.head_dim, p.head_dim_v));
+  return is_float8(p.cache_type) ? max_of(padded, 128) : padded;
+}
 
 // Where a query row lives in q, out and lse, in elements.
 LEANATTN_HD int64_t q_offset(const DecodeParams& p, int seq, const Sequence& s, int query,

@@ -45,11 +45,12 @@ def decode(
     Args:
         q: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one query a sequence; `[total_q, Hq, D]` with
             cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 256.
-        k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`; q's dtype.
+        k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`; q's dtype,
+            or float8_e4m3fn or float8_e5m2 (D a multiple of 16 then) under float16 and bfloat16.
             Hq is a multiple of Hkv. Any strides (on CUDA: the last dimension contiguous, pointers
-            and strides multiples of 16 bytes), any page_size >= 1.
+            and strides multiples of 16 bytes, of 8 with float8), any page_size >= 1.
         v_cache: `[B, S, Hkv, Dv]` or `[num_pages, page_size, Hkv, Dv]`, likewise; Dv may differ
-            from D.
+            from D, its dtype not from k_cache's.
         cache_seqlens: `[B]` int32, valid tokens of each sequence, the queries' own included;
             None: all S, or all max_pages * page_size. Clamped to that on the device.
         block_table: `[B, max_pages]` int32, any strides: the page of each page_size tokens of a
@@ -63,7 +64,8 @@ def decode(
         softcap: 0 for none, else scores become softcap * tanh(score / softcap).
         alibi_slopes: fp32 `[Hq]` or `[B, Hq]`; scores become score - slope * abs(p - j).
         sinks: fp32 `[Hq]`, one more logit a head in the denominator.
-        k_scale, v_scale: not supported yet.
+        k_scale, v_scale: fp32 of one element, `[Hkv]` or `[B, Hkv]`, with float8 caches only: what
+            their numbers are to be multiplied by.
         batch_invariant: on one GPU architecture, a sequence's result has the same bits for any
             batch around it, any place in it, any page size and number of units: its tiles are
             merged in a tree that depends on its own tokens alone. docs/semantics.md, section 13,

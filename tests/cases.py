@@ -24,12 +24,13 @@ def offsets(query_lengths, device):
 def make_case(
     device, dtype, *, heads=(4, 2), dims=(64, 64), lengths=(5, 200, 77), batch=None, capacity=None,
     seqlen_q=1, query_lengths=None, mean=0.0, scale_q=1.0, alibi=None, sinks=False, seed=1,
-    poison=torch.nan, **options,
+    poison=torch.nan, cache_dtype=None, scales=None, **options,
 ):  # fmt: skip
     """Random inputs; every key that no query of its sequence may see holds `poison`.
 
     `seqlen_q=None` gives q without that dimension, `query_lengths` ragged queries, `lengths=None`
-    no cache_seqlens. `alibi` is None, "heads" or "batch".
+    no cache_seqlens. `alibi` is None, "heads" or "batch". `cache_dtype` is a float8, with `scales`
+    None, "one", "heads" or "batch".
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -62,6 +63,12 @@ def make_case(
         case["sinks"] = 2 + normal(heads_q, dtype=torch.float32)
     if poison is not None:
         poison_unseen(case, poison)
+    for name in ("k", "v") if scales is not None else ():
+        shape = {"one": (), "heads": (heads_kv,), "batch": (batch, heads_kv)}[scales]
+        case[f"{name}_scale"] = normal(*shape, dtype=torch.float32).abs() + 0.25
+    if cache_dtype is not None:
+        case["k_cache"] = case["k_cache"].to(cache_dtype)
+        case["v_cache"] = case["v_cache"].to(cache_dtype)
     return case
 
 

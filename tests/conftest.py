@@ -122,7 +122,7 @@ def load_emulated(build_emulated):
     """A function that gives such a module."""
     from native.build import import_module
 
-    return lambda name: import_module(build_emulated(name), name)
+    return lambda name, *options: import_module(build_emulated(name, *options), name)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,12 @@ import math
 import random
 
 import torch
-from paging import gather_pages
-from reference import clamped_lengths, query_ranges, visible_range
+from paging import as_numbers, gather_pages
+from reference import clamped_lengths, query_ranges, scaled, visible_range
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 OPS = ("decode", "decode_with_lse", "decode_out", "decode_with_lse_out")
 TILE_EDGES = sorted(edge + side for edge in (16, 64, 128, 256, 512) for side in (-1, 0, 1))
 JUNK_PAGES = (-1, INT32_MIN, 2147480000, INT32_MAX)
@@ -47,6 +48,8 @@ class Case:
     device: str
     op: str
     dtype: str
+    cache_dtype: str | None  # None: dtype
+    scales: str | None  # of float8 caches: "one", "heads", "batch"
     batch: int
     heads: tuple  # Hq, Hkv
     dims: tuple  # D, Dv
@@ -99,6 +102,10 @@ def draw(seed, index, device="cpu"):
     heads_kv = rng.choice([1, 1, 2, 2, 3, 4, 8] if group_size < 64 else [1, 1, 2])
     dim = rng.choice([64, 64, 128, 128, 8 * rng.randint(1, 32)])
     dim_v = 8 * rng.randint(1, 32) if likely(0.25) else dim
+    cache_dtype, scales = None, None
+    if dtype != "fp32" and likely(0.3):
+        cache_dtype, scales = rng.choice(list(FLOAT8)), rng.choice([None, "one", "heads", "batch"])
+        dim, dim_v = -(-dim // 16) * 16, -(-dim_v // 16) * 16
     batch = 0 if likely(0.01) else rng.choice([1, 1, 2, 3, 3, 4, 5, 8, 30])
 
     ragged = likely(0.3)
@@ -134,20 +141,23 @@ def draw(seed, index, device="cpu"):
     if mild and likely(0.3):
         specials += ("v inf",)
     packing, k_layout, v_layout = draw_cache_layouts(rng, device, dim, dim_v)
-    if packing == "V in K":
-        # Nor is it said what an infinite key gives.
+    if packing == "V in K" or cache_dtype is not None:
+        # Nor is it said what an infinite key gives, and one float8 has no infinity.
         specials = tuple(kind for kind in specials if kind != "v inf")
     lengths = None if likely(0.08) else draw_lengths(rng, batch, capacity, page_size)
     # Rows can be appended where each has memory of its own.
     own_memory = packing != "V in K" and table in (None, "in order", "shuffled")
     own_memory = own_memory and k_layout.expanded is None and v_layout.expanded is None
+    # Nor does append_kv write infinity to float8.
+    infinities = ["inf", "-inf"] if cache_dtype is None else []
     appended = None
     if lengths and own_memory and likely(0.3):
         appended = tuple(rng.choice([0, 1, 1, 2, 5]) for _ in range(batch))
         if likely(0.5):
             appended = (rng.choice([1, 1, 3]),) * batch
     return Case(
-        seed=seed, index=index, device=device, op=rng.choice(OPS), dtype=dtype, batch=batch,
+        seed=seed, index=index, device=device, op=rng.choice(OPS), dtype=dtype,
+        cache_dtype=cache_dtype, scales=scales, batch=batch,
         heads=(group_size * heads_kv, heads_kv), dims=(dim, dim_v), seqlen_q=seqlen_q,
         offsets=offsets, total_q=total_q, capacity=capacity,
         lengths=lengths, appended=appended,
@@ -166,7 +176,7 @@ def draw(seed, index, device="cpu"):
         units=rng.choice([None, None, 1, 2, 3, 5, 16, 64, 1000]),
         loader="cp_async" if device == "cuda" and likely(0.4) else None,
         mean=rng.choice([0.0, 0.0, 0.5, 2.0]), scale_q=scale_q,
-        poison=rng.choice(["nan", "nan", "inf", "-inf", None, None]),
+        poison=rng.choice(["nan", "nan", *infinities, None, None]),
         needles=rng.choice([0, 1, 2, 4, 8]), specials=specials,
     )  # fmt: skip
 
@@ -292,6 +302,10 @@ def with_junk_strides(tensor, junk):
     return tensor.as_strided(tensor.shape, strides, tensor.storage_offset())
 
 
+def cache_type(case):
+    return FLOAT8.get(case.cache_dtype, DTYPES[case.dtype])
+
+
 def build(case):
     """The arguments of the op as tensors on the CPU, but for `counters`."""
     return Builder(case).arguments
@@ -334,19 +348,22 @@ def take_back_last_rows(case, inputs, arguments):
         for name in rows:
             cache = inputs[f"{name}_cache"]
             taken = cache[places]
+            if case.cache_dtype is not None:
+                taken = scaled(taken.float(), inputs.get(f"{name}_scale"), sequence)
+                taken = taken.to(inputs["q"].dtype)
             rows[name].append(torch.cat([taken, taken.new_full((beyond, *taken.shape[1:]), 9.0)]))
-            device = arguments[f"{name}_cache"].device
-            arguments[f"{name}_cache"][tuple(index.to(device) for index in places)] = 5.0
+            erased = as_numbers(arguments[f"{name}_cache"])
+            five = as_numbers(torch.full((1,), 5.0, dtype=cache.dtype)).to(erased.device)
+            erased[tuple(index.to(erased.device) for index in places)] = five
     counts = [len(part) for part in rows["k"]]
-    options = {}
+    options = {name: arguments[name] for name in ("k_scale", "v_scale") if name in arguments}
     if len(set(counts)) == 1:
         k, v = (torch.stack(rows[name]) for name in "kv")
     else:
-        no_rows = [inputs[f"{name}_cache"].new_empty(0, *inputs[f"{name}_cache"].shape[2:])
-                   for name in "kv"]  # fmt: skip
+        no_rows = [inputs["q"].new_empty(0, *inputs[f"{name}_cache"].shape[2:]) for name in "kv"]
         k, v = (torch.cat([empty, *rows[name]]) for empty, name in zip(no_rows, "kv"))
         offsets = torch.tensor([0, *counts]).cumsum(0).int()
-        options["cu_seqlens"] = offsets.to(device)
+        options["cu_seqlens"] = offsets.to(arguments["k_cache"].device)
     before = torch.tensor(before, dtype=torch.int32, device=arguments["k_cache"].device)
     return dict(
         k=k.to(before.device), v=v.to(before.device), k_cache=arguments["k_cache"],
@@ -405,6 +422,10 @@ class Builder:
             if case.sinks == "some -inf":
                 sinks[::2] = -math.inf
             self.arguments["sinks"] = self.small(sinks)
+        for name in ("k_scale", "v_scale") if case.scales is not None else ():
+            shape = {"one": (1,), "heads": case.heads[1:], "batch": (case.batch, case.heads[1])}
+            scale = 0.5 + torch.rand(shape[case.scales], generator=self.generator)
+            self.arguments[name] = self.small(scale)
         if case.page_size is not None:
             self.arguments["block_table"] = self.make_table()
 
@@ -467,7 +488,7 @@ class Builder:
 
         def memory(heads, width, layout):
             shape = (*leading, heads, width)
-            filled = Memory(shape, layout, DTYPES[case.dtype], self.filler)
+            filled = Memory(shape, layout, cache_type(case), self.filler)
             filled.written.copy_(self.normal(*filled.written.shape))
             return filled
 
@@ -575,7 +596,8 @@ class Builder:
             for dim in (0, 1):
                 if written.shape[dim] != seen.shape[dim]:
                     unseen = unseen.all(dim, keepdim=True)
-            written[unseen] = self.filler
+            filler = torch.full((1,), self.filler, dtype=written.dtype)
+            as_numbers(written)[unseen] = as_numbers(filler)
         self.poison_unused_queries()
 
     def poison_unused_queries(self):

@@ -50,6 +50,11 @@ LAYOUTS = ["plain", "heads-first", "packed-heads-first", "tokens-outermost", "sl
            "k-before-v"]  # fmt: skip
 
 
+def as_numbers(tensor):
+    """Something that torch can assign to by index, which float8 is not."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
 def random_table(lengths, page_size, device, *, spare_pages=3, spare_entries=2, seed=7):
     """(block_table, num_pages): pages in random order, none of them used twice, some by nobody."""
     counts = [ceil_div(length, page_size) for length in lengths]
@@ -76,8 +81,8 @@ def paginate(case, page_size, *, layout="plain", **options):
     for sequence, length in enumerate(lengths):
         token = torch.arange(length, device=k.device)
         page = table[sequence, token // page_size].long()
-        k_pages[page, token % page_size] = k[sequence, :length]
-        v_pages[page, token % page_size] = v[sequence, :length]
+        as_numbers(k_pages)[page, token % page_size] = as_numbers(k)[sequence, :length]
+        as_numbers(v_pages)[page, token % page_size] = as_numbers(v)[sequence, :length]
     return {**case, "k_cache": k_pages, "v_cache": v_pages, "block_table": table}
 
 

@@ -93,6 +93,16 @@ def weighted_sum(weights, v, visible):
     return out
 
 
+def scaled(rows, scale, sequence):
+    """rows [n, Hkv, D] of a float8 cache times its scale: one, or of each KV head, or of each
+    sequence and KV head."""
+    if scale is None:
+        return rows
+    if scale.numel() == 1:
+        return rows * scale.to(rows.dtype).flatten()
+    return rows * (scale if scale.dim() == 1 else scale[sequence]).to(rows.dtype)[:, None]
+
+
 def unrounded(tensor):
     """What the fp64 reference stores: everything as it is."""
     return tensor
@@ -100,8 +110,8 @@ def unrounded(tensor):
 
 def reference(
     q, k_cache, v_cache, cache_seqlens=None, *, cu_seqlens_q=None, softmax_scale=None, causal=True,
-    window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None, sinks=None,
-    compute_dtype=torch.float64, rounded=unrounded,
+    window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None, sinks=None, k_scale=None,
+    v_scale=None, compute_dtype=torch.float64, rounded=unrounded,
 ):  # fmt: skip
     """(out, lse) of every row of every sequence, in fp64."""
     batch, capacity = k_cache.shape[:2]
@@ -136,8 +146,8 @@ def reference(
         seeing_rows = row_begin + sees.nonzero().flatten()
         out[seeing_rows], lse[seeing_rows] = attend(
             rows[seeing_rows],
-            k_cache[sequence, begin:end].to(compute_dtype),
-            v_cache[sequence, begin:end].to(compute_dtype),
+            scaled(k_cache[sequence, begin:end].to(compute_dtype), k_scale, sequence),
+            scaled(v_cache[sequence, begin:end].to(compute_dtype), v_scale, sequence),
             visible[sees], distance[sees].to(compute_dtype), scale, softcap, slopes, sinks, rounded,
         )  # fmt: skip
     return out.view(*q.shape[:-1], v_cache.shape[-1]), lse.view(q.shape[:-1])
@@ -237,7 +247,7 @@ def assert_same_specials(name, actual, expected):
 def assert_same_bits(actual, expected):
     """Bit for bit the same, NaN included; says where they first differ."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
-    integer = {2: torch.int16, 4: torch.int32}[actual.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[actual.element_size()]
     differs = actual.contiguous().view(integer) != expected.contiguous().view(integer)
     if differs.any():
         where = differs.nonzero()[0].tolist()

@@ -618,8 +618,8 @@ def test_is_supported(device):
     case = make_case(device, sharp_dtype(device), seqlen_q=2, sinks=True)
     supported, reason = leanattn.is_supported(**case)
     assert supported is True and isinstance(reason, str)
-    supported, reason = leanattn.is_supported(**case, k_scale=torch.ones(1, device=device))
-    assert supported is False and "k_scale" in reason
+    supported, reason = leanattn.is_supported(**case, softcap=-1.0)
+    assert supported is False and "softcap" in reason
 
 
 @st.composite

@@ -48,7 +48,7 @@ def emulate(emulated_kernel):
     """A function that runs a case and returns (out, lse)."""
 
     def bits(tensor):
-        return tensor.contiguous().view(torch.uint16).numpy()
+        return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.uint16).numpy()
 
     def emulate(
         case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False
@@ -64,17 +64,18 @@ def emulate(emulated_kernel):
             num_units = -(-items // items_per_team) * team_size
         arrays = {
             name: case[name].numpy() if name in case else None
-            for name in ("cache_seqlens", "block_table", "cu_seqlens_q")
+            for name in ("cache_seqlens", "block_table", "cu_seqlens_q", "k_scale", "v_scale")
         }
         out, lse = emulated_kernel.decode(
             q=bits(q), k=bits(case["k_cache"]), v=bits(case["v_cache"]), **arrays,
             window_left=case.get("window_left", -1), window_right=0, scale=q.shape[-1] ** -0.5,
             rows=rows, num_units=num_units, items_per_team=items_per_team, team_size=team_size,
             clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
-            seed=seed,
+            seed=seed, bf16=q.dtype == torch.bfloat16,
+            e5m2=case["k_cache"].dtype == torch.float8_e5m2,
             batch_invariant=case.get("batch_invariant", False),
         )  # fmt: skip
-        out = torch.from_numpy(out).view(torch.float16).view(*q.shape[:-1], -1)
+        out = torch.from_numpy(out).view(q.dtype).view(*q.shape[:-1], -1)
         return out, torch.from_numpy(lse).view(q.shape[:-1])
 
     return emulate
@@ -169,6 +170,115 @@ def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim
         for out, lse in results[1:]:
             assert_same_bits(out, results[0][0])
             assert_same_bits(lse, results[0][1])
+
+
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("cache", FLOAT8)
+@pytest.mark.parametrize(
+    "rows, heads, dims",
+    [
+        (8, (4, 2), (64, 128)),
+        (8, (5, 1), (112, 16)),
+        (32, (20, 1), (128, 96)),
+        (16, (13, 1), (256, 144)),
+    ],
+)
+def test_float8(rows, heads, dims, cache, dtype, tma, emulate):
+    options = dict(heads=heads, dims=dims, cache_dtype=FLOAT8[cache], scales="batch")
+    for layout, lengths in {"stream-k-3": (300, 5, 0), "clusters-of-2": None}.items():
+        case = make_case("cpu", dtype, lengths=lengths, batch=3, capacity=310, **options)
+        hold(emulate(case, rows, LAYOUTS[layout], tma=tma), case)
+
+
+@pytest.mark.parametrize("cache", FLOAT8)
+def test_float8_pages(cache, emulate):
+    case = make_case("cpu", torch.bfloat16, lengths=(300, 5, 0, 450), cache_dtype=FLOAT8[cache])
+    for page_size in PAGE_SIZES:
+        paged = paginate(case, page_size)
+        for tma in {False, page_size % 8 == 0}:
+            hold(emulate(paged, 8, LAYOUTS["stream-k-13"], tma=tma), case)
+
+
+@pytest.mark.parametrize("page_size", [None, 24])
+def test_float8_rows_on_8_byte_boundaries(page_size, emulate):
+    """Which bulk copies cannot take, and cp.async in halves."""
+    case = make_case("cpu", torch.float16, cache_dtype=torch.float8_e4m3fn)
+    call = dict(case) if page_size is None else paginate(case, page_size)
+    for name in ("k_cache", "v_cache"):
+        cache = call[name]
+        wide = torch.zeros(*cache.shape[:3], cache.shape[3] + 24, dtype=torch.uint8)
+        wide[..., 8:-16] = cache.view(torch.uint8)
+        call[name] = wide[..., 8:-16].view(cache.dtype)
+    hold(emulate(call, 8, LAYOUTS["stream-k-3"], tma=False), case)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e9, 1e30])
+def test_float8_with_queries_beyond_fp16(size, emulate):
+    """bf16 reaches further than fp16, of which the products are."""
+    case = make_case("cpu", torch.bfloat16, heads=(6, 2), cache_dtype=torch.float8_e4m3fn)
+    case["q"] *= size * torch.logspace(-3, 0, 6)[:, None]
+    if size > 1:
+        case["k_scale"] = torch.full((3, 2), 1 / size)
+    case["q"][1, 0, 3] = 0
+    hold(emulate(case, 8, LAYOUTS["stream-k-3"]), case)
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+def test_float8_with_nan_in_queries(special, emulate):
+    case = make_case("cpu", torch.bfloat16, heads=(6, 2), cache_dtype=torch.float8_e4m3fn)
+    case["q"][1, 0, 4, 7] = special
+    out, lse = emulate(case, 8, LAYOUTS["stream-k-3"])
+    is_hit = torch.zeros(lse.shape, dtype=torch.bool)
+    is_hit[1, 0, 4] = True
+    assert (lse.isnan() == is_hit).all() and (out.isnan().all(-1) == is_hit).all()
+    assert (out.isnan().any(-1) == is_hit).all()
+
+
+@pytest.mark.parametrize("cache", FLOAT8)
+@pytest.mark.parametrize("units", [1, 3])
+def test_float8_nan_shows_only_where_it_is_seen(units, cache, emulate):
+    options = dict(heads=(2, 2), dims=(64, 64), seqlen_q=3, window_left=150)
+    for lengths in [(300,), (1,), (257, 130)]:
+        case = make_case("cpu", torch.float16, lengths=lengths, **options)
+        for key in {lengths[0] - 1, max(lengths[0] - 2, 0), max(lengths[0] - 2 - 150, 0)}:
+            case["v_cache"][0, key, -1, key % 64] = torch.nan
+            case["v_cache"][0, key, -1, 3] = torch.inf
+        case.update({name: case[name].to(FLOAT8[cache]) for name in ("k_cache", "v_cache")})
+        hold(emulate(case, 8, (units, 0, 1, False)), case)
+
+
+@pytest.mark.parametrize("cache", FLOAT8)
+def test_float8_batch_invariant(cache, emulate):
+    case = make_case(
+        "cpu", torch.bfloat16, heads=(6, 2), lengths=(900, 133), cache_dtype=FLOAT8[cache],
+        scales="batch", batch_invariant=True,
+    )  # fmt: skip
+    results = [
+        emulate(case, 8, LAYOUTS[layout], tma=layout != "stream-k-3")
+        for layout in ("stream-k-1", "stream-k-3", "stream-k-13", "whole-items", "teams-of-3")
+    ]
+    hold(results[0], case)
+    for out, lse in results[1:]:
+        assert_same_bits(out, results[0][0])
+        assert_same_bits(lse, results[0][1])
+
+
+@pytest.mark.parametrize("arch", [800, 900])
+@pytest.mark.parametrize("cache", FLOAT8)
+def test_float8_is_widened_to_the_bit(cache, arch, load_emulated):
+    """Every number of both formats, as sm_80 and as sm_90 do it."""
+    options = ["-ULEANATTN_EMULATED_ARCH", f"-DLEANATTN_EMULATED_ARCH={arch}"]
+    module = load_emulated("emulated_float8", *options)
+    numbers = torch.arange(256, dtype=torch.uint8)
+    got = torch.from_numpy(module.widen(numbers.numpy(), cache == "e5m2")).view(torch.float16)
+    expected = numbers.view(FLOAT8[cache]).to(torch.float16)
+    assert (got.isnan() == expected.isnan()).all()
+    assert torch.equal(got.nan_to_num(0.5).view(torch.int16),
+                       expected.nan_to_num(0.5).view(torch.int16))  # fmt: skip
 
 
 def random_call(seed):

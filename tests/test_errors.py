@@ -261,10 +261,6 @@ def test_the_message_says_what_is_allowed(device):
 
 
 NOT_SUPPORTED = {
-    "k-scale": ("k_scale", add("k_scale", torch.float32, (1,))),
-    "v-scale": ("v_scale", add("v_scale", torch.float32, (1,))),
-    "k-cache-e4m3": ("k_cache", cast("k_cache", torch.float8_e4m3fn)),
-    "v-cache-e5m2": ("v_cache", cast("v_cache", torch.float8_e5m2)),
     "head-dim-512": ("q|k_cache", replace(q=(2, 3, 4, 512), k_cache=(2, 50, 2, 512))),
     "value-head-dim-512": ("v_cache", replace(v_cache=(2, 50, 2, 512))),
 }

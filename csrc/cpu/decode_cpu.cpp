@@ -8,6 +8,8 @@
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "../schedule_host.h"
@@ -58,7 +60,7 @@ struct RowStates {
   }
 };
 
-template <class Element>
+template <class Element, class Cache>
 class CpuDecode {
  public:
   CpuDecode(const DecodeParams& params, const ParallelFor& parallel_for)
@@ -156,10 +158,11 @@ class CpuDecode {
                             ? params_.alibi_slopes[segment.seq * params_.alibi_batch_stride +
                                                    r.head * params_.alibi_head_stride]
                             : 0.0f;
+    const double k_scale = scale_of(params_.k_scale, segment.seq, segment.head);
     float new_max = states.max[row];
     for (int key = begin; key < end; ++key) {
       double& score = scores[key - begin];
-      score = score_log2(params_, score, slope, std::abs(r.position - key));
+      score = score_log2(params_, score * k_scale, slope, std::abs(r.position - key));
       if (std::fabs(score) > 1e6) score = static_cast<float>(score);
       new_max = std::fmax(new_max, static_cast<float>(score));
     }
@@ -186,7 +189,7 @@ class CpuDecode {
   void load_keys(const Segment& segment, KeyRange keys, const void* cache, int64_t batch_stride,
                  int64_t seq_stride, int64_t head_stride, int64_t dim_stride, int head_dim,
                  float* to) const {
-    const Element* from = static_cast<const Element*>(cache) + segment.head * head_stride;
+    const Cache* from = static_cast<const Cache*>(cache) + segment.head * head_stride;
     for (int key = keys.begin; key < keys.end; ++key) {
       const CacheRow at = cache_row(params_, segment.seq, key);
       load_row(from + at.page * batch_stride + at.row * seq_stride, dim_stride, head_dim,
@@ -194,7 +197,8 @@ class CpuDecode {
     }
   }
 
-  static void load_row(const Element* from, int64_t stride, int n, float* to) {
+  template <class T>
+  static void load_row(const T* from, int64_t stride, int n, float* to) {
     if (stride == 1) {
       for (int i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
     } else {
@@ -281,6 +285,7 @@ class CpuDecode {
   // --- Output ---
 
   void write(const Segment& segment, RowStates states) const {
+    const float v_scale = scale_of(params_.v_scale, segment.seq, segment.head);
     for (int row = 0; row < rows_of(segment); ++row) {
       const QueryRow r = query_row(params_, segment, row);
       if (params_.sinks) {
@@ -289,7 +294,7 @@ class CpuDecode {
                      no_value.data());
       }
       write_row(segment.seq, segment.sequence.query_begin + r.query, r.head, states.o_row(row),
-                inverse_of(states.sum[row]), lse_of(states.max[row], states.sum[row]));
+                inverse_of(states.sum[row]) * v_scale, lse_of(states.max[row], states.sum[row]));
     }
   }
 
@@ -328,16 +333,33 @@ class CpuDecode {
   HostLine line_;
 };
 
+using torch::headeronly::BFloat16;
+using torch::headeronly::Float8_e4m3fn;
+using torch::headeronly::Float8_e5m2;
+using torch::headeronly::Half;
+
+template <class Element>
+void decode(const DecodeParams& params, const ParallelFor& parallel_for) {
+  switch (params.cache_type) {
+    case CacheType::kFloat8E4M3:
+      return CpuDecode<Element, Float8_e4m3fn>(params, parallel_for).run();
+    case CacheType::kFloat8E5M2:
+      return CpuDecode<Element, Float8_e5m2>(params, parallel_for).run();
+    default:
+      return CpuDecode<Element, Element>(params, parallel_for).run();
+  }
+}
+
 }  // namespace
 
 void decode_cpu(const DecodeParams& params, const ParallelFor& parallel_for) {
   switch (params.element_type) {
     case ElementType::kFloat32:
-      return CpuDecode<float>(params, parallel_for).run();
+      return CpuDecode<float, float>(params, parallel_for).run();
     case ElementType::kFloat16:
-      return CpuDecode<torch::headeronly::Half>(params, parallel_for).run();
+      return decode<Half>(params, parallel_for);
     case ElementType::kBFloat16:
-      return CpuDecode<torch::headeronly::BFloat16>(params, parallel_for).run();
+      return decode<BFloat16>(params, parallel_for);
   }
 }
 

@@ -83,20 +83,24 @@ struct MapShape {
   int64_t stride_elements[3];  // tokens, heads, batch or pages
 };
 
-bool encode(const MapShape& shape, ElementType type, int box_rows, CUtensorMap& map) {
+bool encode(const MapShape& shape, CacheType type, int box_rows, CUtensorMap& map) {
+  const bool float8 = is_float8(type);
   constexpr cuuint64_t kMaxStride = cuuint64_t{1} << 40;
   cuuint64_t stride_bytes[3];
+  // The copy engine wants 16-byte boundaries, which float8 caches need not have.
+  if (reinterpret_cast<uintptr_t>(shape.data) % 16 != 0) return false;
   for (int i = 0; i < 3; ++i) {
-    const int64_t bytes = shape.stride_elements[i] * 2;
+    const int64_t bytes = shape.stride_elements[i] * (float8 ? 1 : 2);
     // The stride of a single row means nothing and may be anything; a tensor map wants it legal.
     stride_bytes[i] = shape.extent[i + 1] == 1 ? 16 : static_cast<cuuint64_t>(bytes);
     if (stride_bytes[i] == 0 || stride_bytes[i] % 16 != 0 || stride_bytes[i] >= kMaxStride) {
       return false;
     }
   }
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[4] = {float8 ? 128u : 64u, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t element_strides[4] = {1, 1, 1, 1};
-  const CUtensorMapDataType data_type = type == ElementType::kFloat16
+  const CUtensorMapDataType data_type = float8 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                        : type == CacheType::kFloat16
                                             ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   // 256-byte L2 promotion would drag the neighbouring head in where rows are 128 bytes long.
@@ -136,8 +140,8 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
                    {extent(params.head_dim_v), extent(rows), extent(heads), extent(pages)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
   const auto encode_both = [&](const MapShape& shape, CacheMaps& cache_maps) {
-    return encode(shape, params.element_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&
-           encode(shape, params.element_type, 1 << maps.rows_box_rows_log2, cache_maps.rows);
+    return encode(shape, params.cache_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&
+           encode(shape, params.cache_type, 1 << maps.rows_box_rows_log2, cache_maps.rows);
   };
   maps.usable = encode_both(k, maps.k) && encode_both(v, maps.v);
   return maps;
@@ -148,17 +152,18 @@ namespace {
 // A compile-time set of values for a kernel, and the run-time ones that choose it.
 struct KernelKey {
   ElementType type;
+  bool float8;  // then the kernel is for both types
   int head_dim;
   int rows;
   Kind kind;
 };
 
 // Calls visit.operator()<Traits>() with the kernel for `key`, or not at all if there is none.
-template <class Element, int kHeadDim, class Visit>
+template <class Element, int kHeadDim, class CacheElement, class Visit>
 void dispatch_rows(const KernelKey& key, Visit visit) {
   const auto with = [&]<int kRows, Kind kKind>() {
     if (key.rows != kRows || key.kind != kKind) return;
-    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kKind>>();
+    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kKind, CacheElement>>();
   };
   with.template operator()<8, Kind::kMma>();
   with.template operator()<16, Kind::kMma>();
@@ -166,21 +171,27 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
   with.template operator()<64, Kind::kMma>();
   with.template operator()<8, Kind::kTree>();
   with.template operator()<16, Kind::kTree>();
-  with.template operator()<32, Kind::kWgmma>();
-  with.template operator()<64, Kind::kWgmma>();
-  // For more of D, q alone would fill the shared memory.
-  if constexpr (kHeadDim <= 128) with.template operator()<128, Kind::kWgmma>();
+  if constexpr (!std::is_same_v<CacheElement, Float8>) {
+    with.template operator()<32, Kind::kWgmma>();
+    with.template operator()<64, Kind::kWgmma>();
+    // For more of D, q alone would fill the shared memory.
+    if constexpr (kHeadDim <= 128) with.template operator()<128, Kind::kWgmma>();
+  }
 }
 
 template <class Element, class Visit>
 void dispatch_head_dim(const KernelKey& key, Visit visit) {
-  if (key.head_dim <= 64) return dispatch_rows<Element, 64>(key, visit);
-  if (key.head_dim <= 128) return dispatch_rows<Element, 128>(key, visit);
-  return dispatch_rows<Element, 256>(key, visit);
+  if (key.head_dim <= 64) return dispatch_rows<Element, 64, Element>(key, visit);
+  if (key.head_dim <= 128) return dispatch_rows<Element, 128, Element>(key, visit);
+  return dispatch_rows<Element, 256, Element>(key, visit);
 }
 
 template <class Visit>
 void dispatch(const KernelKey& key, Visit visit) {
+  if (key.float8) {
+    if (key.head_dim <= 128) return dispatch_rows<__half, 128, Float8>(key, visit);
+    return dispatch_rows<__half, 256, Float8>(key, visit);
+  }
   if (key.type == ElementType::kFloat16) return dispatch_head_dim<__half>(key, visit);
   return dispatch_head_dim<__nv_bfloat16>(key, visit);
 }
@@ -198,10 +209,14 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
   const bool without_wgmma = is_second("LEANATTN_MMA", "wgmma", "mma");
   const auto kind = [&] {
     if (params.batch_invariant) return Kind::kTree;
-    if (rows < kFewestWgmmaRows || without_wgmma) return Kind::kMma;
+    // wgmma reads keys and values as they lie in the ring.
+    if (rows < kFewestWgmmaRows || without_wgmma || is_float8(params.cache_type)) {
+      return Kind::kMma;
+    }
     return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
   };
-  return {params.element_type, max_of(params.head_dim, params.head_dim_v), rows, kind()};
+  return {params.element_type, is_float8(params.cache_type),
+          max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
 }  // namespace
@@ -245,8 +260,10 @@ void warm_up(int device) {
       for (const int rows : kRowCounts) {
         for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
           if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
-          dispatch({type, head_dim, rows, kind},
-                   [&]<class Traits>() { setup_kernel<Traits>(device); });
+          for (const bool float8 : {false, true}) {
+            dispatch({type, float8, head_dim, rows, kind},
+                     [&]<class Traits>() { setup_kernel<Traits>(device); });
+          }
         }
       }
     }

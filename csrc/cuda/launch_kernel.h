@@ -71,9 +71,9 @@ void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) 
              "cudaLaunchKernelEx");
 }
 
-#define LEANATTN_INSTANTIATE(Element, kHeadDim, kRows, kKind)                                     \
-  template const KernelSetup& setup_kernel<DecodeTraits<Element, kHeadDim, kRows, kKind>>(int);   \
-  template void launch_kernel<DecodeTraits<Element, kHeadDim, kRows, kKind>>(const DecodeParams&, \
-                                                                             int, cudaStream_t);
+// Of DecodeTraits' arguments.
+#define LEANATTN_INSTANTIATE(...)                                           \
+  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int); \
+  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, int, cudaStream_t);
 
 }  // namespace leanattn

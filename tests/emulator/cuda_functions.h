@@ -52,6 +52,19 @@ inline int __reduce_max_sync(unsigned, int value) {
   const auto all = emulator::exchange("redux.max", value);
   return *std::max_element(all.begin(), all.end());
 }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= (bytes >> (selectors >> i * 4 & 7) * 8 & 0xff) << i * 8;
+  }
+  return result;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline void __threadfence() {}
 [[noreturn]] inline void __trap() { throw std::logic_error("trap"); }
 inline int atomicMin(int* address, int value) {

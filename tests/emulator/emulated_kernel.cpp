@@ -1,8 +1,8 @@
 // The decode kernel on the emulator, as a Python module for the tests: arrays in, out and lse back.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <vector_functions.h>
-#include <vector_types.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
 #include <bit>
@@ -24,13 +24,18 @@ using namespace leanattn;
 
 namespace {
 
-using Bits = py::array_t<uint16_t, py::array::c_style>;  // of float16
+using Bits = py::array_t<uint16_t, py::array::c_style>;  // of float16 or bfloat16
 using Ints = py::array_t<int32_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
 
-CUtensorMap make_map(const void* data, int dim, int rows, int heads, int outer, int box_rows) {
-  emulator::TensorMap map{static_cast<const uint16_t*>(data),
-                          {dim, rows, heads, outer},
-                          {1, int64_t{heads} * dim, dim, int64_t{rows} * heads * dim},
+// Of a cache, [B, S, Hkv, D] or paged; any strides but of D.
+CUtensorMap make_map(const py::array& cache, int box_rows) {
+  const auto extent = [&](int i) { return static_cast<int64_t>(cache.shape(i)); };
+  const auto stride = [&](int i) { return static_cast<int64_t>(cache.strides(i) / cache.itemsize()); };
+  emulator::TensorMap map{static_cast<const uint8_t*>(cache.data()),
+                          static_cast<int>(cache.itemsize()),
+                          {extent(3), extent(1), extent(2), extent(0)},
+                          {1, stride(1), stride(2), stride(0)},
                           box_rows};
   CUtensorMap memory{};
   std::memcpy(static_cast<void*>(&memory), &map, sizeof(map));
@@ -48,9 +53,12 @@ void launch(const DecodeParams& params, const TensorMaps& maps, int stages, int 
                 Traits::kThreads, bytes, seed, [&] { decode_kernel<Traits>(params, maps, room); });
 }
 
-// q [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q; caches [B, S, Hkv, D] or paged. Returns out
-// and lse, and checks that the counters are zero again.
-py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints> cache_seqlens,
+// q [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q; caches [B, S, Hkv, D] or paged, of q's type
+// or of uint8, which are float8; scales [B, Hkv]. Returns out and lse, and checks that the counters are
+// zero again.
+py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf16, bool e5m2,
+                 std::optional<Floats> k_scale, std::optional<Floats> v_scale,
+                 std::optional<Ints> cache_seqlens,
                  std::optional<Ints> block_table, std::optional<Ints> cu_seqlens_q, int window_left,
                  int window_right, float scale, int rows, int num_units, int items_per_team,
                  int team_size, bool clustered, int slack_tiles, bool batch_invariant, bool tma,
@@ -58,7 +66,13 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
-  p.element_type = ElementType::kFloat16;
+  const bool float8 = k.itemsize() == 1;
+  p.element_type = bf16 ? ElementType::kBFloat16 : ElementType::kFloat16;
+  p.cache_type = e5m2     ? CacheType::kFloat8E5M2
+                 : float8 ? CacheType::kFloat8E4M3
+                          : CacheType::kFloat16;
+  if (k_scale) p.k_scale = {k_scale->data(), k_scale->shape(1), 1};
+  if (v_scale) p.v_scale = {v_scale->data(), v_scale->shape(1), 1};
   p.head_dim = static_cast<int>(q.shape(q_dims - 1));
   p.head_dim_v = static_cast<int>(v.shape(3));
   p.num_heads_q = static_cast<int>(q.shape(q_dims - 2));
@@ -89,13 +103,13 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
   p.q_batch_stride = ragged ? 0 : problem.seqlen_q * p.q_seq_stride;
   p.q_dim_stride = 1;
   p.k = k.data();
-  p.k_head_stride = p.head_dim;
-  p.k_seq_stride = problem.num_heads_kv * p.k_head_stride;
-  p.k_batch_stride = k.shape(1) * p.k_seq_stride;
+  p.k_head_stride = k.strides(2) / k.itemsize();
+  p.k_seq_stride = k.strides(1) / k.itemsize();
+  p.k_batch_stride = k.strides(0) / k.itemsize();
   p.v = v.data();
-  p.v_head_stride = p.head_dim_v;
-  p.v_seq_stride = problem.num_heads_kv * p.v_head_stride;
-  p.v_batch_stride = v.shape(1) * p.v_seq_stride;
+  p.v_head_stride = v.strides(2) / v.itemsize();
+  p.v_seq_stride = v.strides(1) / v.itemsize();
+  p.v_batch_stride = v.strides(0) / v.itemsize();
   if (block_table) {
     p.block_table = block_table->data();
     p.block_table_batch_stride = block_table->shape(1);
@@ -121,7 +135,7 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
   const int tiles = ceil_div(problem.capacity, 1 << problem.tile_tokens_log2);
   p.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
   const int64_t partial_rows = int64_t{num_units} * 2 * p.max_nodes * rows;
-  const int padded = padded_head_dim(std::max(p.head_dim, p.head_dim_v));
+  const int padded = kernel_head_dim(p);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> partial_o(partial_rows * p.head_dim_v, nan), stats(partial_rows * 2, nan);
   std::vector<SoftmaxState<4>> fold(partial_rows / 4 * padded / 4 + 1);
@@ -141,23 +155,17 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
     maps.usable = true;
     maps.tile_box_rows_log2 = box_log2;
     maps.rows_box_rows_log2 = std::min(box_log2, kBoxRowsLog2);
-    const auto make = [&](const Bits& cache, int dim, CacheMaps& of) {
-      const int sizes[3] = {static_cast<int>(cache.shape(1)), problem.num_heads_kv,
-                            static_cast<int>(cache.shape(0))};
-      of.tile =
-          make_map(cache.data(), dim, sizes[0], sizes[1], sizes[2], 1 << maps.tile_box_rows_log2);
-      of.rows =
-          make_map(cache.data(), dim, sizes[0], sizes[1], sizes[2], 1 << maps.rows_box_rows_log2);
-    };
-    make(k, p.head_dim, maps.k);
-    make(v, p.head_dim_v, maps.v);
+    maps.k = {make_map(k, 1 << box_log2), make_map(k, 1 << maps.rows_box_rows_log2)};
+    maps.v = {make_map(v, 1 << box_log2), make_map(v, 1 << maps.rows_box_rows_log2)};
   }
   const int fold_levels = batch_invariant ? 1 : 0;
   const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
   bool found = false;
-  const auto with = [&]<int kHeadDim, int kRows, Kind kKind>() {
-    if (padded != kHeadDim || rows != kRows || kind != kKind) return;
-    launch<DecodeTraits<__half, kHeadDim, kRows, kKind>>(p, maps, stages, fold_levels, seed);
+  const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = __half>() {
+    const bool of_float8 = std::is_same_v<CacheElement, Float8>;
+    if (padded != kHeadDim || rows != kRows || kind != kKind || float8 != of_float8) return;
+    launch<DecodeTraits<__half, kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels,
+                                                                      seed);
     found = true;
   };
   with.template operator()<64, 8, Kind::kMma>();
@@ -171,6 +179,10 @@ py::tuple decode(const Bits& q, const Bits& k, const Bits& v, std::optional<Ints
   with.template operator()<64, 128, Kind::kWgmma>();
   with.template operator()<128, 32, Kind::kWgmma>();
   with.template operator()<256, 64, Kind::kWgmma>();
+  with.template operator()<128, 8, Kind::kMma, Float8>();
+  with.template operator()<128, 32, Kind::kMma, Float8>();
+  with.template operator()<256, 16, Kind::kMma, Float8>();
+  with.template operator()<128, 8, Kind::kTree, Float8>();
   if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
   for (const int32_t counter : counters) {
     if (counter != 0) throw std::logic_error("a counter is left at " + std::to_string(counter));
@@ -185,6 +197,8 @@ PYBIND11_MODULE(emulated_kernel, m) {
   m.def("forget_order", [] { emulator::orders_memory = false; });
 #endif
   m.def("decode", &decode, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("bf16") = false, py::arg("e5m2") = false, py::arg("k_scale") = py::none(),
+        py::arg("v_scale") = py::none(),
         py::arg("cache_seqlens"), py::arg("block_table"), py::arg("cu_seqlens_q"),
         py::arg("window_left"), py::arg("window_right"), py::arg("scale"), py::arg("rows"),
         py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"), py::arg("clustered"),

@@ -24,7 +24,9 @@ def normal(*shape):
     return random.standard_normal(shape).astype(np.float16)
 
 
-def decode(module, layout, rows, dim, heads=(4, 2), seqlen_q=1, page_size=None, **options):
+def decode(
+    module, layout, rows, dim, heads=(4, 2), seqlen_q=1, page_size=None, float8=False, **options
+):
     """Two sequences of 300 and 150 tokens, or for teams both of 300."""
     lengths = None if layout[1] else np.array([300, 150], np.int32)
     caches = [normal(2, 300, heads[1], dim) for _ in range(2)]
@@ -35,6 +37,8 @@ def decode(module, layout, rows, dim, heads=(4, 2), seqlen_q=1, page_size=None, 
         table = random.permutation(2 * pages).astype(np.int32).reshape(2, pages)
         lengths = np.array([300, 150], np.int32)
     q, k, v = (x.view(np.uint16) for x in (normal(2, seqlen_q, heads[0], dim), *caches))
+    if float8:
+        k, v = (x.astype(np.uint8) for x in (k, v))
     settings = dict(wgmma=False, tma=True, batch_invariant=False, window_left=-1, window_right=0)
     module.decode(
         q=q, k=k, v=v, cache_seqlens=lengths, block_table=table, cu_seqlens_q=None, rows=rows,
@@ -51,6 +55,13 @@ def mma(module):
     decode(module, STREAM_K[1], 16, 64, heads=(20, 2), seqlen_q=2)
     decode(module, STREAM_K[1], 32, 128, heads=(20, 1))
     decode(module, STREAM_K[1], 8, 256)
+
+
+def float8(module):
+    for tma in (True, False):
+        decode(module, STREAM_K[1], 8, 128, float8=True, bf16=True, tma=tma)
+    decode(module, CLUSTERS[0], 32, 128, heads=(20, 1), float8=True, bf16=True)
+    decode(module, STREAM_K[1], 8, 64, float8=True, page_size=24, batch_invariant=True)
 
 
 def wgmma(module):
@@ -78,7 +89,10 @@ def forgotten(module):
     decode(module, STREAM_K[1], 8, 64)
 
 
-GROUPS = {"mma": mma, "wgmma": wgmma, "tree": tree, "pages": pages, "forgotten": forgotten}
+GROUPS = {
+    "mma": mma, "float8": float8, "wgmma": wgmma, "tree": tree, "pages": pages,
+    "forgotten": forgotten,
+}  # fmt: skip
 
 if __name__ == "__main__":
     library, group = sys.argv[1:]

@@ -15,8 +15,8 @@
 
 namespace leanattn {
 
-// Tensor maps of K or V, [B, Hkv, S, 64 of D] from the outermost dimension ([num_pages, Hkv,
-// page_size, 64 of D] if paged), 128-byte swizzle. A copy costs its issuer the same whatever its
+// Tensor maps of K or V, [B, Hkv, S, 128 bytes of D] from the outermost dimension ([num_pages, Hkv,
+// page_size, 128 bytes of D] if paged), 128-byte swizzle. A copy costs its issuer the same whatever its
 // size, so whole tiles have a map of their own; the small boxes are for tiles that are not seen
 // as a whole.
 struct CacheMaps {
@@ -42,7 +42,30 @@ struct CacheView {
   const Element* data;  // [B, S, Hkv, head_dim], or paged [num_pages, page_size, Hkv, head_dim]
   int64_t batch_stride, seq_stride, head_stride;
   int head_dim;
+
+  // Whether rows begin on 16-byte boundaries; those of float8 may begin on 8-byte ones.
+  __device__ __forceinline__ bool is_aligned() const {
+    if constexpr (sizeof(Element) > 1) return true;
+    const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+    return (address | batch_stride | seq_stride | head_stride) % 16 == 0;
+  }
 };
+
+// 16 bytes by cp.async, or zeros.
+template <class Element>
+__device__ __forceinline__ void copy_chunk(const Element* from, uint8_t* chunk_smem, bool inside,
+                                           bool aligned) {
+  if (aligned) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
+        *reinterpret_cast<const uint4*>(from), *reinterpret_cast<uint4*>(chunk_smem), inside);
+    return;
+  }
+  for (int half = 0; half < 2; ++half) {
+    cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint2>::copy(reinterpret_cast<const uint2*>(from)[half],
+                                                       reinterpret_cast<uint2*>(chunk_smem)[half],
+                                                       inside);
+  }
+}
 
 // Rows [first, last) of the tile that starts at token `tile_token` which hold visible keys.
 template <class Traits>
@@ -60,7 +83,7 @@ struct TmaLoader {
   __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
   __device__ __forceinline__ void end_tile() const {}
 
-  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+  __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
@@ -77,10 +100,10 @@ struct TmaLoader {
     for (int row = first; row < last; row += box_rows) {
 #pragma unroll
       for (int block = 0; block < Traits::kColumnBlocks; ++block) {
-        cute::SM90_TMA_LOAD_4D::copy(map, ring.full_barrier(),
-                                     static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-                                     ring.stage_smem() + block * (Traits::kTile * 128) + row * 128,
-                                     block * 64, tile_token + row, segment.head, segment.seq);
+        cute::SM90_TMA_LOAD_4D::copy(
+            map, ring.full_barrier(), static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+            ring.stage_smem() + block * (Traits::kTile * 128) + row * 128,
+            block * Traits::kBlockColumns, tile_token + row, segment.head, segment.seq);
       }
     }
 #endif
@@ -95,27 +118,27 @@ struct CpAsyncLoader {
   __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
   __device__ __forceinline__ void end_tile() const {}
 
-  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+  __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
-    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row
+    constexpr int kChunks = Traits::kHeadDim / Traits::kChunkColumns;  // of 16 bytes, a row
     constexpr int kRowsAtOnce = 32 / kChunks;
     static_assert(kRowsAtOnce >= 1, "a row is at most one chunk a lane");
     const int lane = threadIdx.x % 32;
     const int chunk = lane % kChunks;
-    const bool inside = chunk * 8 < cache.head_dim;
+    const int column = chunk * Traits::kChunkColumns;
+    const bool inside = column < cache.head_dim;
+    const bool aligned = cache.is_aligned();
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
     uint8_t* stage_smem = ring.stage_smem();
     // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
-    const typename Traits::Element* source = cache.data + segment.seq * cache.batch_stride +
-                                             segment.head * cache.head_stride +
-                                             (inside ? chunk * 8 : 0);
+    const typename Traits::CacheElement* source = cache.data + segment.seq * cache.batch_stride +
+                                                  segment.head * cache.head_stride +
+                                                  (inside ? column : 0);
 #pragma unroll 4
     for (int row = rows.begin + lane / kChunks; row < rows.end; row += kRowsAtOnce) {
-      cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
-          *reinterpret_cast<const uint4*>(source + (tile_token + row) * cache.seq_stride),
-          *reinterpret_cast<uint4*>(stage_smem + swizzled_offset<Traits::kTile>(row, chunk)),
-          inside);
+      copy_chunk(source + (tile_token + row) * cache.seq_stride,
+                 stage_smem + swizzled_offset<Traits::kTile>(row, chunk), inside, aligned);
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
   }
@@ -125,7 +148,7 @@ struct CpAsyncLoader {
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
                                         SegmentWalker walker, Loader loader, Ring<Traits> ring) {
-  using Element = typename Traits::Element;
+  using Element = typename Traits::CacheElement;
   const CacheView<Element> k{&maps.k,
                              static_cast<const Element*>(params.k),
                              params.k_batch_stride,

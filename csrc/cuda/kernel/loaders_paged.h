@@ -97,7 +97,7 @@ class PagedTmaLoader : public PagedLoader<Traits> {
   __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
       : PagedLoader<Traits>(pages), maps_(maps) {}
 
-  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+  __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
@@ -127,8 +127,8 @@ class PagedTmaLoader : public PagedLoader<Traits> {
           cute::SM90_TMA_LOAD_4D::copy(
               map, ring.full_barrier(),
               static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-              box_smem + block * (Traits::kTile * 128), block * 64, row_of_page, segment.head,
-              page);
+              box_smem + block * (Traits::kTile * 128), block * Traits::kBlockColumns, row_of_page,
+              segment.head, page);
         }
       }
     }
@@ -147,19 +147,21 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
 
   using PagedLoader<Traits>::PagedLoader;
 
-  __device__ __forceinline__ void load(const CacheView<typename Traits::Element>& cache,
+  __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
-    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row
+    constexpr int kChunks = Traits::kHeadDim / Traits::kChunkColumns;  // of 16 bytes, a row
     constexpr int kRowsAtOnce = 32 / kChunks;
     const int lane = threadIdx.x % 32;
     const int chunk = lane % kChunks;
-    const bool inside = chunk * 8 < cache.head_dim;
+    const int column = chunk * Traits::kChunkColumns;
+    const bool inside = column < cache.head_dim;
+    const bool aligned = cache.is_aligned();
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
     uint8_t* stage_smem = ring.stage_smem();
     // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
-    const typename Traits::Element* source =
-        cache.data + segment.head * cache.head_stride + (inside ? chunk * 8 : 0);
+    const typename Traits::CacheElement* source =
+        cache.data + segment.head * cache.head_stride + (inside ? column : 0);
 #pragma unroll 1
     for (int group = rows.begin / 32 * 32; group < rows.end; group += 32) {
       int64_t my_offset = 0;
@@ -172,10 +174,8 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
         const int row = group + i + lane / kChunks;
         const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / kChunks);
         if (rows.contains(row)) {
-          cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
-              *reinterpret_cast<const uint4*>(source + offset),
-              *reinterpret_cast<uint4*>(stage_smem + swizzled_offset<Traits::kTile>(row, chunk)),
-              inside);
+          copy_chunk(source + offset, stage_smem + swizzled_offset<Traits::kTile>(row, chunk),
+                     inside, aligned);
         }
       }
     }

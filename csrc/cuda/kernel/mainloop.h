@@ -2,7 +2,7 @@
 // softmax and O^T += V^T P^T, all in registers. It knows nothing of other warps or CTAs.
 #pragma once
 
-#include "mma.h"
+#include "cache_fragments.h"
 #include "ring.h"
 #include "scoring.h"
 
@@ -27,6 +27,12 @@ struct WarpPlace {
   // The item row of column c (0 or 1) of row step n.
   __device__ __forceinline__ int row(int n, int c) const {
     return row_group * Traits::kWarpRows + n * 8 + t * 2 + c;
+  }
+
+  // The element of Dv of half `half` (0 or 1) of dim step j; see cache_fragments.h.
+  __device__ __forceinline__ int dim(int j, int half) const {
+    const int within = Traits::kFloat8 ? g * 2 + half : g + half * 8;
+    return dim_group * Traits::kWarpDim + j * 16 + within;
   }
 };
 
@@ -72,7 +78,7 @@ class MainLoop {
   static constexpr int kDepthSteps = Traits::kDepthSteps;
 
   __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place)
-      : scoring_(params), place_(place) {}
+      : scoring_(params), fragments_(params), params_(params), place_(place) {}
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
@@ -85,6 +91,10 @@ class MainLoop {
     for (int n = 0; n < kRowSteps; ++n) {
       for (int c = 0; c < 2; ++c) {
         position_[n][c] = scoring_.position_of_row(place_.row(n, c));
+        if constexpr (Traits::kFloat8) {
+          factor_[n][c] = task.q_factors[place_.row(n, c)] *
+                          scale_of(params_.k_scale, segment.seq, segment.head);
+        }
       }
     }
     if constexpr (Traits::kQueryInRegisters) {
@@ -149,30 +159,39 @@ class MainLoop {
   __device__ __forceinline__ void load_query(int n, int depth, uint32_t (&b0)[2],
                                              uint32_t (&b1)[2]) const {
     const int lane = threadIdx.x % 32;
-    const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
-    uint32_t r[4];
-    ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
-    b0[0] = r[0];
-    b0[1] = r[1];
-    b1[0] = r[2];
-    b1[1] = r[3];
+    if constexpr (Traits::kFloat8) {
+      const int row = place_.row_group * Traits::kWarpRows + n * 8 + place_.g;
+      const auto load = [&](int depth, uint32_t (&b)[2]) {
+        const uint8_t* chunk_smem =
+            q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + place_.t / 2);
+        const uint2 pairs = reinterpret_cast<const uint2*>(chunk_smem)[place_.t % 2];
+        b[0] = pairs.x;
+        b[1] = pairs.y;
+      };
+      load(depth, b0);
+      load(depth + 1, b1);
+    } else {
+      const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
+      uint32_t r[4];
+      ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
+      b0[0] = r[0];
+      b0[1] = r[1];
+      b1[0] = r[2];
+      b1[1] = r[3];
+    }
   }
 
   __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
     // A single accumulator would make one long chain of dependent mma: two chains, even and odd.
     constexpr int kChains = kTokenSteps * kRowSteps == 1 ? 2 : 1;
     float chains[kChains][kTokenSteps][kRowSteps][4] = {};
-    const int lane = threadIdx.x % 32;
-    const int row0 = place_.slice * Traits::kSliceTokens + lane % 16;
 #pragma unroll
     for (int i = 0; i < kTokenSteps; ++i) {
+      const int row = place_.slice * Traits::kSliceTokens + i * 16;
 #pragma unroll
       for (int depth = 0; depth < kDepthSteps; depth += 2) {
         uint32_t a[2][4];
-        for (int d = 0; d < 2; ++d) {
-          const int chunk = (depth + d) * 2 + lane / 16;
-          ldmatrix_x4(a[d], k_smem + swizzled_offset<Traits::kTile>(row0 + i * 16, chunk));
-        }
+        fragments_.load_keys(k_smem, row, depth, a);
 #pragma unroll
         for (int n = 0; n < kRowSteps; ++n) {
           uint32_t b[2][2];
@@ -254,6 +273,11 @@ class MainLoop {
   // Dot products of row step n become scores.
   template <bool kPlain>
   __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
+    if constexpr (Traits::kFloat8) {
+      for (int i = 0; i < kTokenSteps; ++i) {
+        for (int e = 0; e < 4; ++e) scores[i][n][e] *= factor_[n][e % 2];
+      }
+    }
     if constexpr (kPlain) {
       for (int i = 0; i < kTokenSteps; ++i) {
         for (int e = 0; e < 4; ++e) scores[i][n][e] = scoring_.scaled(scores[i][n][e]);
@@ -274,10 +298,8 @@ class MainLoop {
   // V^T [16 of Dv, 16 tokens]: dim step j, token step i of this warp's slice.
   __device__ __forceinline__ void load_values(const uint8_t* v_smem, int i, int j,
                                               uint32_t (&a)[4]) const {
-    const int lane = threadIdx.x % 32;
-    const int row = place_.slice * Traits::kSliceTokens + i * 16 + lane % 8 + lane / 16 * 8;
-    const int chunk = place_.dim_group * (Traits::kWarpDim / 8) + j * 2 + lane / 8 % 2;
-    ldmatrix_x4_trans(a, v_smem + swizzled_offset<Traits::kTile>(row, chunk));
+    const int row = place_.slice * Traits::kSliceTokens + i * 16;
+    fragments_.load_values(v_smem, row, place_.dim_group * kDimSteps + j, a);
   }
 
   template <bool kPlain>
@@ -369,10 +391,13 @@ class MainLoop {
   }
 
   Scoring scoring_;
+  CacheFragments<Traits> fragments_;
+  const DecodeParams& params_;
   const WarpPlace<Traits>& place_;
   const uint8_t* q_smem_;  // [kHeadDim / 64, kRows, 64], swizzled
   const Segment* segment_;
   int position_[kRowSteps][2];  // of this lane's rows
+  float factor_[kRowSteps][2];  // with float8 caches: of their products
   uint32_t query_[Traits::kQueryInRegisters ? kRowSteps : 1]
                  [Traits::kQueryInRegisters ? kDepthSteps : 2][2];
 };

@@ -42,6 +42,10 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const uint8_
                                 r[2], r[3]);
 }
 
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const uint8_t* row_smem) {
+  cute::SM75_U16x4_LDSM_T::copy(*reinterpret_cast<const cute::uint128_t*>(row_smem), r[0], r[1]);
+}
+
 // Transposes an 8x8 matrix of 16-bit elements held as one register a lane.
 __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t x) {
   uint32_t y;

@@ -35,6 +35,11 @@ __device__ __forceinline__ void for_each_quad(int row_begin, int row_end, int he
   }
 }
 
+template <class Element>
+__device__ __forceinline__ uint2 pack_quad(const float (&o)[4], float factor) {
+  return {pack<Element>(o[0] * factor, o[1] * factor), pack<Element>(o[2] * factor, o[3] * factor)};
+}
+
 template <class Traits>
 __device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
                                            int item_row, int dim, QuadState state) {
@@ -45,10 +50,16 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   if (dim == 0 && params.lse) {
     params.lse[lse_offset(params, segment.seq, q_row, row.head)] = lse_of(state.max, state.sum);
   }
-  const float factor = inverse_of(state.sum);
-  uint2 packed;
-  packed.x = pack<Element>(state.o[0] * factor, state.o[1] * factor);
-  packed.y = pack<Element>(state.o[2] * factor, state.o[3] * factor);
+  float factor = inverse_of(state.sum);
+  if constexpr (Traits::kFloat8) {
+    factor *= scale_of(params.v_scale, segment.seq, segment.head);
+  }
+  uint2 packed = pack_quad<Element>(state.o, factor);
+  if constexpr (Traits::kFloat8) {
+    if (params.element_type == ElementType::kBFloat16) {
+      packed = pack_quad<__nv_bfloat16>(state.o, factor);
+    }
+  }
   Element* out =
       static_cast<Element*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
   *reinterpret_cast<uint2*>(out + dim) = packed;

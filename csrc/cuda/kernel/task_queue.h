@@ -5,7 +5,9 @@
 
 #include <cute/arch/copy_sm80.hpp>
 
+#include "mma.h"
 #include "ring.h"
+#include "vector.h"
 
 namespace leanattn {
 
@@ -32,7 +34,12 @@ class TaskQueue {
     Task& task = wait_for_room();
     const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
     copy_queries(params, segment, rows, task.q);
-    ptx::cp_async_mbarrier_arrive_noinc(&smem_.task_full[position_.stage]);
+    if constexpr (Traits::kFloat8) {
+      narrow_queries(params, task);
+      ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
+    } else {
+      ptx::cp_async_mbarrier_arrive_noinc(&smem_.task_full[position_.stage]);
+    }
     if (threadIdx.x % 32 == 0) {
       task.segment = segment;
       task.num_rows = rows;
@@ -96,6 +103,54 @@ class TaskQueue {
           *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk)),
           inside);
     }
+  }
+
+  // With float8 caches: q in shared memory becomes fp16. bf16 reaches further, so its rows are taken
+  // into fp16's range by a power of two, and the products back by task.q_factors.
+  __device__ __forceinline__ void narrow_queries(const DecodeParams& params, Task& task) const {
+    constexpr int kChunks = Traits::kHeadDim / 8;  // lanes that share a row
+    const bool is_bf16 = params.element_type == ElementType::kBFloat16;
+    cute::cp_async_fence();
+    cute::cp_async_wait<0>();  // each lane goes on with the chunks that it has copied itself
+#pragma unroll 4
+    for (int i = threadIdx.x % 32; i < Traits::kRows * kChunks; i += 32) {
+      const int row = i / kChunks;
+      const int chunk = i % kChunks;
+      float factor = 1.0f;
+      if (is_bf16) {
+        uint8_t* chunk_smem = task.q + swizzled_offset<Traits::kQueryRows>(row, chunk);
+        auto& pairs = *reinterpret_cast<Vector<uint32_t, 4>*>(chunk_smem);
+        factor = narrow<kChunks>(pairs);
+      }
+      if (chunk == 0) task.q_factors[row] = factor;
+    }
+  }
+
+  // A row of bf16, of which `lanes` lanes hold 8 numbers each, becomes fp16; returns the factor that
+  // takes it back. Powers of two lose nothing of numbers within 2^-28 of the largest.
+  template <int lanes>
+  static __device__ __forceinline__ float narrow(Vector<uint32_t, 4>& pairs) {
+    // Magnitudes of bf16 are ordered like their bits.
+    uint32_t largest = 0;
+    for (const uint32_t pair : pairs.element) {
+      largest = max_of(largest, max_of(pair & 0x7fff, pair >> 16 & 0x7fff));
+    }
+    for (int distance = 1; distance < lanes; distance *= 2) {
+      largest = max_of(largest, __shfl_xor_sync(~0u, largest, distance));
+    }
+    const uint32_t exponent = largest >> 7;
+    float scale = 1.0f, factor = 1.0f;
+    // Not a row of zeros, nor one with NaN or Inf, which fp16 has too.
+    if (exponent != 0 && exponent != 255) {
+      const uint32_t scale_exponent = min_of(127 + 14 + 127 - exponent, 253u);  // to 2^14..2^15
+      scale = __uint_as_float(scale_exponent << 23);
+      factor = __uint_as_float((254 - scale_exponent) << 23);
+    }
+    for (uint32_t& pair : pairs.element) {
+      const float2 both = unpack<__nv_bfloat16>(pair);
+      pair = pack<__half>(both.x * scale, both.y * scale);
+    }
+    return factor;
   }
 
   SharedStorage& smem_;

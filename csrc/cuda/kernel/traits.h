@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -44,9 +45,19 @@ enum class Kind {
   kWgmma,  // products by wgmma
 };
 
-template <class Element_, int kHeadDim_, int kRows_, Kind kKind>
+// A number of a float8 cache, whose format DecodeParams::cache_type says.
+struct Float8 {
+  uint8_t bits;
+};
+
+template <class Element_, int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Element_>
 struct DecodeTraits {
-  using Element = Element_;                   // of q, K, V, P and out
+  using Element = Element_;            // of the products' operands
+  using CacheElement = CacheElement_;  // of K and V in memory: the same or Float8
+  // Then the products are of fp16, and what q and out are, DecodeParams::element_type says.
+  static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
+  static_assert(kFloat8 ? std::is_same_v<Element, __half> && kKind != Kind::kWgmma
+                        : std::is_same_v<Element, CacheElement>);
   static constexpr int kHeadDim = kHeadDim_;  // D and Dv, padded: 64, 128 or 256
   static constexpr int kRows = kRows_;        // packed query rows, padded: 8..64, or 128 by wgmma
   static constexpr bool kWgmma = kKind == Kind::kWgmma;
@@ -90,10 +101,13 @@ struct DecodeTraits {
   static constexpr bool kQueryInRegisters =
       2 * kRowSteps * kDepthSteps + 4 * kRowSteps * kDimSteps <= 96;
 
-  // Shared memory holds operands as [kHeadDim / 64][tokens or rows][64] elements, each row of 128
-  // bytes with its 16-byte chunks permuted (the 128-byte swizzle of the tensor maps).
-  static constexpr int kStageBytes = kTile * kHeadDim * 2;
-  static constexpr int kColumnBlocks = kHeadDim / 64;
+  // Shared memory holds operands as [column blocks][tokens or rows][128 bytes], with the 16-byte
+  // chunks of a row permuted (the 128-byte swizzle of the tensor maps). Of K and V:
+  static constexpr int kStageBytes = kTile * kHeadDim * int{sizeof(CacheElement)};
+  static constexpr int kBlockColumns = 128 / sizeof(CacheElement);
+  static constexpr int kChunkColumns = 16 / sizeof(CacheElement);
+  static constexpr int kColumnBlocks = kHeadDim / kBlockColumns;
+  static_assert(kColumnBlocks >= 1, "a row is at least 128 bytes");
 
   // The warps' states meet here, 8 rows of a row group at a time: of every row group, or by wgmma, which
   // needs the room for q, of two. A row is longer than it need be: then the accumulators of a warp go
@@ -110,9 +124,13 @@ struct DecodeTraits {
   static constexpr int kPageSlots = 8;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
 
+  struct Nothing {};
+
   // What the task warp tells the consumers of one segment.
   struct Task {
     alignas(kWgmma ? 1024 : 16) uint8_t q[kQueryRows * kHeadDim * 2];  // swizzled, as in the ring
+    // By which each row's products are to be multiplied.
+    [[no_unique_address]] std::conditional_t<kFloat8, float[kRows], Nothing> q_factors;
     Segment segment;
     int num_rows;        // 0: no more tasks
     Participants units;  // where the segment does not hold its whole item

@@ -29,10 +29,8 @@ __device__ __forceinline__ void store_for_merge(typename Traits::SharedStorage& 
     }
 #pragma unroll
     for (int j = 0; j < Traits::kDimSteps; ++j) {
-      float* o =
-          &smem.merge_o[place.slice][row][place.dim_group * Traits::kWarpDim + j * 16 + place.g];
-      o[0] = state.o[j][n][c];
-      o[8] = state.o[j][n][c + 2];
+      smem.merge_o[place.slice][row][place.dim(j, 0)] = state.o[j][n][c];
+      smem.merge_o[place.slice][row][place.dim(j, 1)] = state.o[j][n][c + 2];
     }
   }
 }

@@ -39,6 +39,14 @@ struct SM75_U16x8_LDSM_T {
   }
 };
 
+// The rows are those of lanes 0 to 15.
+struct SM75_U16x4_LDSM_T {
+  static void copy(const uint128_t& row, uint32_t& r0, uint32_t& r1) {
+    uint32_t unused[2];
+    SM75_U16x8_LDSM_T::copy(row, r0, r1, unused[0], unused[1]);
+  }
+};
+
 struct SM75_U32x1_MOVM_T {
   static void copy(const uint32_t& from, uint32_t& to) {
     const auto all = emulator::exchange("movmatrix", from);

@@ -29,6 +29,11 @@ struct SM80_CP_ASYNC_CACHEGLOBAL_ZFILL {
 };
 
 template <class T>
+struct SM80_CP_ASYNC_CACHEALWAYS_ZFILL {
+  static void copy(const T& from, T& to, bool inside) { cp_async(&to, &from, sizeof(T), inside); }
+};
+
+template <class T>
 struct SM80_CP_ASYNC_CACHEALWAYS {
   static void copy(const T& from, T& to) { cp_async(&to, &from, sizeof(T), true); }
 };

@@ -1,4 +1,4 @@
-// Bulk tensor copies, emulated: boxes of [rows, 64] 16-bit elements with the 128-byte swizzle.
+// Bulk tensor copies, emulated: boxes of [rows, 128 bytes] with the 128-byte swizzle.
 #pragma once
 
 #include <cuda.h>
@@ -9,7 +9,8 @@ namespace emulator {
 
 // In the place of a CUtensorMap.
 struct TensorMap {
-  const uint16_t* data;
+  const uint8_t* data;
+  int element_bytes;
   int64_t extent[4];  // innermost first
   int64_t stride[4];  // elements
   int box_rows;
@@ -34,7 +35,7 @@ struct SM90_TMA_LOAD_4D {
     emulator::copy_later([&map, barrier, to, c0, c1, c2, c3, smem] {
       uint8_t* box = static_cast<uint8_t*>(to);
       for (int row = 0; row < map.box_rows; ++row) {
-        for (int column = 0; column < 64; ++column) {
+        for (int column = 0; column < 128 / map.element_bytes; ++column) {
           const int64_t at[4] = {c0 + column, c1 + row, c2, c3};
           bool inside = true;
           int64_t offset = 0;
@@ -42,9 +43,14 @@ struct SM90_TMA_LOAD_4D {
             inside &= 0 <= at[i] && at[i] < map.extent[i];
             offset += at[i] * map.stride[i];
           }
-          const uint16_t value = inside ? map.data[offset] : 0;
           const int swizzle = (box + row * 128 - smem) / 128 % 8;
-          std::memcpy(box + row * 128 + ((column / 8) ^ swizzle) * 16 + column % 8 * 2, &value, 2);
+          const int byte = column * map.element_bytes;
+          uint8_t* value = box + row * 128 + ((byte / 16) ^ swizzle) * 16 + byte % 16;
+          if (inside) {
+            std::memcpy(value, map.data + offset * map.element_bytes, map.element_bytes);
+          } else {
+            std::memset(value, 0, map.element_bytes);
+          }
         }
       }
       emulator::release(barrier);
