@@ -25,7 +25,29 @@ void Checker::dtype(const Tensor& t, const char* argument, ScalarType wanted) co
           toString(t.scalar_type()));
 }
 
+namespace {
+
+// Whether torch's stable ABI can tell the dtype, which it cannot of the newest.
+bool has_known_dtype(const Tensor& t) {
+  try {
+    static_cast<void>(t.scalar_type());
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+void Checker::given(const Tensor& t, const char* argument) const {
+  require(t.defined(), argument, "must be a tensor, got None");
+  require(has_known_dtype(t), argument,
+          "has a dtype that is not supported; allowed are Float, Half, "
+          "BFloat16, Float8_e4m3fn, Float8_e5m2 and Int, whichever the argument takes");
+}
+
 void Checker::supported_device(const Tensor& t, const char* argument) const {
+  given(t, argument);
 #ifdef LEANATTN_WITH_CUDA
   require(t.is_cpu() || t.is_cuda(), argument, "must be on cpu or cuda, got ", device_string(t));
 #else
@@ -36,6 +58,7 @@ void Checker::supported_device(const Tensor& t, const char* argument) const {
 
 void Checker::same_device(const Tensor& t, const char* argument, const Tensor& other,
                           const char* other_name) const {
+  given(t, argument);
   require(t.device() == other.device(), argument, "must be on ", other_name, "'s device, ",
           device_string(other), ", got ", device_string(t));
 }

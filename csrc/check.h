@@ -53,6 +53,8 @@ class Checker {
     throw std::runtime_error(message.str());
   }
 
+  // A tensor, of a dtype that anything takes. Before anything else is asked of it.
+  void given(const Tensor& t, const char* argument) const;
   void dtype(const Tensor& t, const char* argument, ScalarType wanted) const;
   // One that this build has code for.
   void supported_device(const Tensor& t, const char* argument) const;

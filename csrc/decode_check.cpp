@@ -158,7 +158,9 @@ void check_scalars(const Checker& check, const DecodeArguments& a) {
     check.require(finite(*a.softmax_scale), "softmax_scale", "must be a finite fp32 number, got ",
                   *a.softmax_scale);
   }
-  check.require(finite(a.softcap) && a.softcap >= 0, "softcap",
+  // One too small for fp32 would be taken for 0, which is something else.
+  const bool vanishes = a.softcap != 0 && static_cast<float>(a.softcap) == 0.0f;
+  check.require(finite(a.softcap) && a.softcap >= 0 && !vanishes, "softcap",
                 "must be a finite fp32 number >= 0 (0 is off), got ", a.softcap);
   check.require(a.window_left >= -1, "window_left", "must be >= -1 (-1 is no limit), got ",
                 a.window_left);
@@ -203,14 +205,14 @@ void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out
     }
   };
   shape.back() = a.v_cache.size(3);
-  check.dtype(out, "out", a.q.scalar_type());
   check.same_device(out, "out", a.q);
+  check.dtype(out, "out", a.q.scalar_type());
   check_shape(out, "out", "q's with v_cache's head dim");
   if (out.is_cuda()) check.cuda_layout(out, "out");
   if (!lse) return;
   shape.pop_back();
-  check.dtype(*lse, "lse", ScalarType::Float);
   check.same_device(*lse, "lse", a.q);
+  check.dtype(*lse, "lse", ScalarType::Float);
   check_shape(*lse, "lse", "q's without the head dim");
 }
 

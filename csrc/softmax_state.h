@@ -20,6 +20,7 @@ namespace leanattn {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kMaxFloat = std::numeric_limits<float>::max();
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
 LEANATTN_HD float fast_exp2(float x) {
@@ -32,22 +33,50 @@ LEANATTN_HD float fast_exp2(float x) {
 #endif
 }
 
+inline double fast_exp2(double x) { return std::exp2(x); }
+LEANATTN_HD float log2_of(float x) { return log2f(x); }
+inline double log2_of(double x) { return std::log2(x); }
+
+// Real is float on the GPU; the CPU can afford double.
+
 // What scores are measured against. Where nothing was seen the maximum is -inf and cannot be
 // subtracted from itself, so 0 stands in: exp2(-inf - 0) is the 0 that is wanted.
-LEANATTN_HD float exponent_base(float max) { return max == kNegativeInfinity ? 0.0f : max; }
+template <class Real>
+LEANATTN_HD Real exponent_base(Real max) {
+  return max == kNegativeInfinity ? Real{0} : max;
+}
 
 // The factor that carries sum and o from `max` to `new_max` >= max.
-LEANATTN_HD float rescale_factor(float max, float new_max) {
+template <class Real>
+LEANATTN_HD Real rescale_factor(Real max, Real new_max) {
   return fast_exp2(max - exponent_base(new_max));
 }
 
 // Natural log of the sum of exponentials; -inf where nothing was seen.
-LEANATTN_HD float lse_of(float max, float sum) {
-  return sum == 0.0f ? kNegativeInfinity : kLn2 * (max + log2f(sum));
+template <class Real>
+LEANATTN_HD float lse_of(Real max, Real sum) {
+  constexpr Real ln2 = static_cast<Real>(0.6931471805599453);
+  return sum == Real{0} ? kNegativeInfinity : static_cast<float>(ln2 * (max + log2_of(sum)));
+}
+
+// The same where a sink was merged: no less than the sink, which in units of log2 may be beyond fp32.
+template <class Real>
+LEANATTN_HD float lse_of(Real max, Real sum, float sink) {
+  const float lse = lse_of(max, sum);
+  return sink > lse ? sink : lse;
+}
+
+// A sink in units of log2, not beyond fp32; NaN stays NaN.
+LEANATTN_HD float sink_log2(float sink) {
+  const float scaled = sink * kLog2E;
+  return scaled > kMaxFloat ? kMaxFloat : scaled;
 }
 
 // What turns o into the output; 0 where nothing was seen.
-LEANATTN_HD float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+template <class Real>
+LEANATTN_HD Real inverse_of(Real sum) {
+  return sum == Real{0} ? Real{0} : Real{1} / sum;
+}
 
 template <int kWidth>
 struct SoftmaxState {
@@ -77,7 +106,7 @@ struct SoftmaxState {
   // A sink is one more logit in the denominator: a state with sum 1 and no value.
   LEANATTN_HD void merge_sink(float sink) {
     SoftmaxState others[1];
-    others[0].max = sink * kLog2E;
+    others[0].max = sink_log2(sink);
     others[0].sum = 1.0f;
     merge(others);
   }

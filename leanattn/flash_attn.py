@@ -7,6 +7,7 @@
 import torch
 
 from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
+from leanattn.token_pages import as_token_pages
 
 
 def flash_attn_with_kvcache(
@@ -52,9 +53,9 @@ def flash_attn_with_kvcache(
         cache_seqlens: int or `[B]` int32, tokens in the caches before the append. None, without k
             and v only: all of them.
         cache_batch_idx: `[B]` int32, the row of the caches for each sequence; not with block_table.
-        cache_leftpad: `[B]` int32, where in its row each sequence begins; not with block_table.
-            Rotary positions and cache_seqlens count from the row's start. Tokens are read one at a
-            time then, which is slower.
+        cache_leftpad: `[B]` int32, where in its row each sequence begins, clamped to the cache; not
+            with block_table. Rotary positions and cache_seqlens count from the row's start. Tokens
+            are read one at a time then, which is slower.
         block_table: `[B, max_pages]` int32; page_table is FlashAttention-3's name for it.
         softmax_scale: default D ** -0.5.
         causal: aligned to the bottom right corner.
@@ -71,17 +72,27 @@ def flash_attn_with_kvcache(
 
     Raises:
         ValueError: arguments that do not go together.
-        NotImplementedError: cache_leftpad on caches whose tokens are not evenly spaced.
+        NotImplementedError: cache_leftpad where k_cache's and v_cache's strides of sequences and
+            tokens are not alike.
         RuntimeError: from the ops, naming the argument, what was given and what is allowed.
     """
     if page_table is not None:
         if block_table is not None:
             _refuse("page_table", "is another name of block_table: give one")
         block_table = page_table
+    _check_tensors(
+        q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+        block_table=block_table, alibi_slopes=alibi_slopes, s_aux=s_aux,
+    )  # fmt: skip
     _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens)
     _check_cache_rows(q, cache_batch_idx, cache_leftpad, block_table)
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        _refuse("window_size", f"must be a pair (left, right), got {window_size}")
     batch, seqlen_q = q.shape[:2]
     if isinstance(cache_seqlens, int):
+        if not 0 <= cache_seqlens < 2**31:
+            _refuse("cache_seqlens", f"must be from 0 to 2^31 - 1, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if block_table is None:
         k_rows, v_rows = k_cache, v_cache  # as they are addressed with cache_leftpad
@@ -93,7 +104,9 @@ def flash_attn_with_kvcache(
     window_left, window_right = (size if size >= 0 else -1 for size in window_size)
     attended = k_cache, v_cache, block_table
     if cache_leftpad is not None:
-        attended = _left_padded(k_rows, v_rows, batch, cache_batch_idx, cache_leftpad)
+        capacity = k_rows.shape[1]
+        begin = cache_leftpad.clamp(0, capacity)
+        attended = _left_padded(k_rows, v_rows, batch, cache_batch_idx, begin)
     options = dict(
         softmax_scale=softmax_scale,
         causal=causal,
@@ -122,10 +135,9 @@ def flash_attn_with_kvcache(
         cache_seqlens = cache_seqlens + k.shape[1]
 
     if cache_leftpad is not None:
-        capacity = k_rows.shape[1]
         if cache_seqlens is None:
-            cache_seqlens = torch.full_like(cache_leftpad, capacity)
-        cache_seqlens = cache_seqlens.clamp(max=capacity) - cache_leftpad
+            cache_seqlens = torch.full_like(begin, capacity)
+        cache_seqlens = cache_seqlens.clamp(0, capacity) - begin
     result = decode(
         q, *attended[:2], cache_seqlens, attended[2], **options, return_lse=return_softmax_lse
     )
@@ -139,6 +151,15 @@ def _refuse(argument, text):
     raise ValueError(f"flash_attn_with_kvcache: {argument} {text}")
 
 
+def _check_tensors(**tensors):
+    for name, tensor in tensors.items():
+        may_be_none = name not in ("q", "k_cache", "v_cache")
+        if not (isinstance(tensor, torch.Tensor) or (tensor is None and may_be_none)):
+            _refuse(name, f"must be a tensor{' or None' * may_be_none}, got {tensor!r}")
+        if tensor is not None and tensor.device != tensors["q"].device:
+            _refuse(name, f"must be on q's device, {tensors['q'].device}, got {tensor.device}")
+
+
 def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):
     if q.dim() != 4:
         _refuse("q", f"must be [B, Sq, Hq, D], got shape {list(q.shape)}")
@@ -147,6 +168,24 @@ def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):
     if (rotary_cos is None) != (rotary_sin is None):
         name = "rotary_sin" if rotary_sin is None else "rotary_cos"
         _refuse(name, "is None: give both rotary_cos and rotary_sin, or neither")
+    if rotary_cos is not None:
+        limit = q.shape[-1] // 2
+        if rotary_cos.dim() != 2 or rotary_cos.shape[1] > limit:
+            _refuse(
+                "rotary_cos",
+                f"must be [max_position, rotary_dim / 2] with up to {limit} columns, got shape "
+                f"{list(rotary_cos.shape)}",
+            )
+        if rotary_sin.shape != rotary_cos.shape or rotary_sin.dtype != rotary_cos.dtype:
+            _refuse(
+                "rotary_sin",
+                f"must be like rotary_cos, {rotary_cos.dtype} of shape {list(rotary_cos.shape)}, "
+                f"got {rotary_sin.dtype} of shape {list(rotary_sin.shape)}",
+            )
+        if rotary_cos.dtype not in (q.dtype, torch.float32):
+            _refuse(
+                "rotary_cos", f"must be float32 or of q's dtype, {q.dtype}, got {rotary_cos.dtype}"
+            )
     if k is None and rotary_cos is not None:
         _refuse("rotary_cos", "goes with k and v only, got k None")
     if k is not None and k.dim() != 4:
@@ -185,21 +224,18 @@ def _rotate(q, cache_seqlens, is_ordered, cos, sin, interleaved):
     return torch.cat([rotated.to(q.dtype), rest], -1)
 
 
-def _left_padded(k_cache, v_cache, batch, cache_batch_idx, cache_leftpad):
-    """The caches as pages of one token, and the table that begins each sequence at its leftpad."""
-    rows, capacity = k_cache.shape[:2]
-    try:
-        k_pages, v_pages = (
-            cache.view(rows * capacity, 1, *cache.shape[2:]) for cache in (k_cache, v_cache)
-        )
-    except RuntimeError:
+def _left_padded(k_cache, v_cache, batch, cache_batch_idx, begin):
+    """The caches as pages of one token, and the table that begins each sequence at `begin`."""
+    pages = as_token_pages(k_cache, v_cache)
+    if pages is None:
         raise NotImplementedError(
-            "flash_attn_with_kvcache: cache_leftpad is not supported on caches whose tokens are "
-            f"not evenly spaced over sequences, got k_cache of strides {list(k_cache.stride())} "
+            "flash_attn_with_kvcache: cache_leftpad is not supported on caches whose strides of "
+            f"sequences and tokens are not alike, got k_cache of strides {list(k_cache.stride())} "
             f"and v_cache of {list(v_cache.stride())}"
-        ) from None
-    tokens = torch.arange(capacity, dtype=torch.int32, device=k_cache.device)
+        )
+    k_pages, v_pages, sequence_step, token_step = pages
+    tokens = torch.arange(k_cache.shape[1], dtype=torch.int32, device=k_cache.device)
     if cache_batch_idx is None:
         cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=k_cache.device)
-    begin = cache_batch_idx * capacity + cache_leftpad.clamp(0, capacity)
-    return k_pages, v_pages, begin[:, None] + tokens
+    first = cache_batch_idx * sequence_step + begin * token_step
+    return k_pages, v_pages, first[:, None] + tokens * token_step

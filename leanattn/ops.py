@@ -244,7 +244,7 @@ def counters(device, n=None):
     """
     device = torch.device(device)
     if n is None:
-        n = _ops.max_units(_index(device)) if device.type == "cuda" else 1024
+        n = 1024 if device.type == "cpu" else _ops.max_units(_cuda_index("counters", device))
     return torch.zeros(n, dtype=torch.int32, device=device)
 
 
@@ -255,7 +255,10 @@ def check_decode(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **op
 
 
 def is_supported(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
-    """Whether `decode` takes these arguments: (True, "") or (False, the reason)."""
+    """Whether `decode` takes these arguments: (True, "") or (False, the reason).
+
+    Of fake and meta tensors, as under torch.compile, only that they share a device is checked.
+    """
     try:
         _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
     except (RuntimeError, ValueError) as error:
@@ -264,11 +267,19 @@ def is_supported(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **op
 
 
 def warmup(device="cuda"):
-    """Loads every kernel on a CUDA device, so that no first call has to, nor a graph capture."""
-    _ops.warmup(_index(torch.device(device)))
+    """Loads every kernel on a CUDA device, so that no first call has to, nor a graph capture.
+
+    On the CPU there is nothing to do.
+    """
+    device = torch.device(device)
+    if device.type != "cpu":
+        _ops.warmup(_cuda_index("warmup", device))
 
 
-def _index(device):
+def _cuda_index(function, device):
+    if device.type != "cuda" or not torch.cuda.is_available():
+        seen = "" if torch.cuda.is_available() else ", but torch sees no CUDA device"
+        raise RuntimeError(f"leanattn.{function}: device must be cpu or cuda, got {device}{seen}")
     return torch.cuda.current_device() if device.index is None else device.index
 
 
@@ -317,6 +328,11 @@ def _(*args, **kwargs):
     _fake_out("decode_with_lse_out", args, kwargs)
 
 
+@torch.library.register_fake("leanattn::decode_check")
+def _(*args, **kwargs):
+    _check_devices("decode", args[0], _named("decode_check", args, kwargs))
+
+
 @torch.library.register_fake("leanattn::append_kv")
 def _(*args, **kwargs):
     tensors = _named("append_kv", args, kwargs)
@@ -335,9 +351,9 @@ def _(outs, lses):
     return outs.new_empty(outs.shape[1:]), outs.new_empty(outs.shape[1:-1], dtype=torch.float32)
 
 
-def _raise_no_backward():
+def _raise_no_derivative():
     raise RuntimeError(
-        "leanattn is for inference only: it has no backward. Use "
+        "leanattn is for inference only: it has no backward, nor another derivative. Use "
         "torch.nn.functional.scaled_dot_product_attention (SDPA) where gradients are needed."
     )
 
@@ -353,7 +369,7 @@ class _NoBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _raise_no_backward()
+        _raise_no_derivative()
 
 
 class _NoBackwardInPlace(torch.autograd.Function):
@@ -366,23 +382,38 @@ class _NoBackwardInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _raise_no_backward()
+        _raise_no_derivative()
 
 
-def _register_missing_backward(op):
+def _has_tangent(tensor):
+    return torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None
+
+
+def _register_autograd(op):
+    """A backward and a forward-mode derivative that raise, and what autograd wants to know of
+    tensors that are written to."""
     # torch.library.register_autograd takes no op with keyword-only tensors. This kernel runs in
     # Python, a few microseconds a call, except under torch.inference_mode, which skips it.
     after_autograd = torch._C._after_autograd_keyset
     arguments = op._schema.arguments
-    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    written = [
+        (i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
+    ]
+    forward_ad = torch.autograd.forward_ad
 
     def kernel(keyset, *args, **kwargs):
+        if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+            if any(_has_tangent(tensor) for tensor in tensors):
+                _raise_no_derivative()
         outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
+        results = [args[i] if i < len(args) else kwargs[name] for i, name in written]
+        for result in results:
+            torch.autograd.graph.increment_version(result)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            for i in written:
-                others = (t for t in inputs if t is not args[i])
-                _NoBackwardInPlace.apply(args[i], *others)
+            for result in results:
+                _NoBackwardInPlace.apply(result, *(t for t in inputs if t is not result))
             if outputs is not None:
                 return _NoBackward.apply(outputs, *inputs)
         return outputs
@@ -391,8 +422,10 @@ def _register_missing_backward(op):
 
 
 _autograd_kernels = torch.library.Library("leanattn", "IMPL")
-_register_missing_backward(_ops.decode.default)
-_register_missing_backward(_ops.decode_with_lse.default)
-_register_missing_backward(_ops.merge_states.default)
-_register_missing_backward(_ops.append_kv.default)
-_register_missing_backward(_ops.rope_append_kv.default)
+_register_autograd(_ops.decode.default)
+_register_autograd(_ops.decode_with_lse.default)
+_register_autograd(_ops.decode_out.default)
+_register_autograd(_ops.decode_with_lse_out.default)
+_register_autograd(_ops.merge_states.default)
+_register_autograd(_ops.append_kv.default)
+_register_autograd(_ops.rope_append_kv.default)

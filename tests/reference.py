@@ -10,7 +10,6 @@ import torch
 
 LSE_TOLERANCE = 2e-5
 COSINE_TOLERANCE = 5e-6
-FP32_TOLERANCE = 1e-5
 
 
 def clamped_lengths(cache_seqlens, batch, capacity):
@@ -190,9 +189,11 @@ def assert_close(out, lse, **case):
     yardstick = torch.where(yardstick.isfinite() & expected.isfinite(), yardstick, truth)
     magnitude = truth.abs().amax(-1, keepdim=True)
     limit = 2 * (yardstick - truth).abs().amax(-1, keepdim=True) + 2 * ulp(magnitude, out.dtype)
-    limit = torch.where(magnitude == 0, 0, limit)
     if out.dtype == torch.float32:
-        limit = torch.maximum(limit, FP32_TOLERANCE * truth.abs().clamp(min=1) * (magnitude > 0))
+        # Of the whole batch, as the rule is stated: row by row it asks for more than fp32 gives to
+        # outputs that sinks or distances have made tiny.
+        limit = limit.clamp(min=2 * (yardstick - truth).abs().max())
+    limit = torch.where(magnitude == 0, 0, limit)
     assert_within("out", wide, truth, limit)
     assert_within("lse", finite(lse.double()), finite(expected_lse),
                   LSE_TOLERANCE * finite(expected_lse).abs().clamp(min=1))  # fmt: skip

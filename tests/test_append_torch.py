@@ -88,6 +88,17 @@ def test_backward_says_what_to_use(argument, op, device):
                 call[name].float().sum().backward()
 
 
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_what_is_written_is_known_to_be(op, device):
+    """Autograd must not use what it has saved of it."""
+    call = make_call(device, torch.float16, rotary_dim=None if op == "append_kv" else 64)
+    weight = torch.ones_like(call["k_cache"], requires_grad=True)
+    loss = (weight * call["k_cache"]).sum()
+    run(call)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(guard, device):
     call = make_call(device, torch.float16, rotary_dim=64)

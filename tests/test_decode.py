@@ -613,6 +613,56 @@ def test_python_decode_into_out(device):
     assert_same_bits(lse, expected_lse)
 
 
+@pytest.mark.parametrize("sink", [2.4e38, 3.4e38, math.inf, -math.inf, -3e38, 1e30, 1e7])
+def test_any_sink(sink, device, dtype):
+    """Also where its score in units of log2 is beyond fp32."""
+    case = make_case(device, dtype, heads=(4, 2))
+    case["sinks"] = torch.full((4,), sink, device=device)
+    out, lse = run(case)
+    assert not out.isnan().any()
+    if sink > 0:
+        assert (out == 0).all()
+        torch.testing.assert_close(lse, case["sinks"].expand_as(lse))
+    else:
+        assert_same_bits(out, run({k: v for k, v in case.items() if k != "sinks"})[0])
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 96, 128, 129, 257, 520])
+def test_fp32_is_as_good_as_torch(tokens):
+    """Where torch happens to be accurate, and where most keys and values are zero."""
+    for seed in range(10):
+        case = make_case("cpu", torch.float32, heads=(4, 2), dims=(16, 16), lengths=(tokens,),
+                         capacity=tokens, seed=seed, poison=None)  # fmt: skip
+        check(case)
+        zero = torch.rand(tokens) < 0.9
+        case["k_cache"][:, zero] = case["v_cache"][:, zero] = 0
+        check(case)
+
+
+def test_is_supported_without_values():
+    """Fake and meta tensors, as under torch.compile and torch.export."""
+    case = make_case("cpu", torch.float16, poison=None)
+    meta = {name: tensor.to("meta") for name, tensor in case.items()}
+    assert leanattn.is_supported(**meta) == (True, "")
+    assert not leanattn.is_supported(**{**meta, "k_cache": case["k_cache"]})[0]
+
+    def either(q, k, v):
+        return leanattn.decode(q, k, v) if leanattn.is_supported(q, k, v)[0] else q * 0
+
+    arguments = [case[name] for name in ("q", "k_cache", "v_cache")]
+    compiled = torch.compile(either, backend="eager", fullgraph=True)
+    assert_same_bits(compiled(*arguments), leanattn.decode(*arguments))
+
+
+def test_warmup_and_counters_without_cuda(monkeypatch):
+    leanattn.warmup("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="warmup: device must be cpu or cuda, got cuda"):
+        leanattn.warmup()
+    with pytest.raises(RuntimeError, match="counters: device must be cpu or cuda, got meta"):
+        leanattn.counters("meta")
+
+
 def test_is_supported(device):
     """The answer that a router needs, with the reason in words and without an exception."""
     case = make_case(device, sharp_dtype(device), seqlen_q=2, sinks=True)

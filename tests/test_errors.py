@@ -260,6 +260,21 @@ def test_the_message_says_what_is_allowed(device):
             torch.ops.leanattn.decode(**{**call, **change})
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache"])
+@pytest.mark.parametrize("value", [None, "e8m0"])
+def test_what_is_no_tensor_of_a_known_dtype(name, value, device):
+    """torch hands on None for a tensor, and dtypes that its stable ABI has no word for."""
+    call = good_call(device)
+    other = None if value is None else call[name].to(torch.float8_e8m0fnu)
+    with pytest.raises(RuntimeError, match=f"decode: {name} (must be a tensor|has a dtype)"):
+        torch.ops.leanattn.decode(**{**call, name: other})
+
+
+def test_a_softcap_that_fp32_takes_for_none(device):
+    with pytest.raises(RuntimeError, match="softcap must be .* got 1e-300"):
+        torch.ops.leanattn.decode(**good_call(device, softcap=1e-300))
+
+
 NOT_SUPPORTED = {
     "head-dim-512": ("q|k_cache", replace(q=(2, 3, 4, 512), k_cache=(2, 50, 2, 512))),
     "value-head-dim-512": ("v_cache", replace(v_cache=(2, 50, 2, 512))),

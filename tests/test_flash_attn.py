@@ -270,16 +270,59 @@ def test_cache_leftpad(options, indexed, device):
     check(call)
 
 
-def test_cache_leftpad_where_tokens_are_not_evenly_spaced(device):
-    """Heads before tokens: no page of one token has a place in one dimension."""
+def sliced(cache):
+    """From the middle of a longer cache."""
+    batch, tokens, heads, dim = cache.shape
+    return cache.new_zeros(batch, tokens + 12, heads, dim)[:, 4 : 4 + tokens]
+
+
+def heads_first(cache):
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def tokens_first(cache):
+    return cache.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def padded_rows(cache):
+    """Sequences that begin at no multiple of a token."""
+    size = cache[0].numel()
+    return cache.new_zeros(len(cache), size + 8)[:, :size].view(cache.shape)
+
+
+@pytest.mark.parametrize("place", [sliced, heads_first, tokens_first, padded_rows])
+def test_cache_leftpad_in_any_strides(place, device):
+    call = make_call(device, sharp_dtype(device), lengths=(5, 9, 33))
+    call["cache_leftpad"] = int32((2, 9, 17), device)
+    for name in ("k_cache", "v_cache"):
+        call[name] = place(call[name]).copy_(call[name])
+    check(call)
+
+
+def test_cache_leftpad_where_k_and_v_are_not_alike(device):
+    """No table of tokens is right for both."""
     call = make_call(device, sharp_dtype(device))
     call["cache_leftpad"] = int32((0, 0, 0), device)
-    for name in ("k_cache", "v_cache"):
-        call[name] = call[name].transpose(1, 2).contiguous().transpose(1, 2)
+    call["k_cache"] = heads_first(call["k_cache"])
     before = call["k_cache"].clone()
     with pytest.raises(NotImplementedError, match="cache_leftpad"):
         flash_attn_with_kvcache(**call)
     assert_same_bits(call["k_cache"], before)
+
+
+@pytest.mark.parametrize("wrong", [-1, -(2**31), 2**31 - 1])
+def test_wrong_cache_leftpad_is_clamped(wrong, device):
+    """No key beyond the length comes into sight."""
+    call = make_call(device, sharp_dtype(device), lengths=(5, 0, 33), seqlen_new=None)
+    for b, length in enumerate((5, 0, 33)):
+        call["k_cache"][b, length:] = call["v_cache"][b, length:] = math.nan
+    right = 0 if wrong < 0 else call["k_cache"].shape[1]
+    results = []
+    for begin in (wrong, right):
+        call["cache_leftpad"] = int32([begin] * 3, device)
+        results.append(flash_attn_with_kvcache(**call))
+    assert_same_bits(*results)
+    assert not results[0].isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -294,6 +337,20 @@ def test_cache_leftpad_where_tokens_are_not_evenly_spaced(device):
         ("rotary_cos", lambda call: dict(rotary_sin=torch.ones(80, 8))),
         ("rotary_cos", lambda call: dict(k=None, v=None, rotary_cos=torch.ones(80, 8),
                                          rotary_sin=torch.ones(80, 8))),
+        ("q", lambda call: dict(q=None)),
+        ("k_cache", lambda call: dict(k_cache=None)),
+        ("window_size", lambda call: dict(window_size=(1,))),
+        ("window_size", lambda call: dict(window_size=3)),
+        ("cache_seqlens", lambda call: dict(cache_seqlens=2**40)),
+        ("cache_leftpad", lambda call: dict(cache_leftpad=1)),
+        ("cache_batch_idx", lambda call: dict(cache_batch_idx=[0, 1, 2])),
+        ("cache_leftpad", lambda call: dict(cache_leftpad=torch.zeros(3, device="meta").int())),
+        ("rotary_cos", lambda call: dict(rotary_cos=torch.ones(80, 800),
+                                         rotary_sin=torch.ones(80, 800))),
+        ("rotary_sin", lambda call: dict(rotary_cos=torch.ones(80, 8),
+                                         rotary_sin=torch.ones(80, 4))),
+        ("rotary_cos", lambda call: dict(rotary_cos=torch.ones(80, 8).double(),
+                                         rotary_sin=torch.ones(80, 8).double())),
         ("cache_batch_idx", lambda call: dict(cache_batch_idx=torch.zeros(3))),
         ("cache_batch_idx", lambda call: dict(cache_batch_idx=torch.zeros(2).int())),
         ("cache_leftpad", lambda call: dict(cache_leftpad=torch.zeros(3).long())),

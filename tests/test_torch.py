@@ -240,6 +240,34 @@ def test_backward_says_what_to_use(op, argument, device):
         out.float().sum().backward()
 
 
+def test_forward_mode_raises_too(device):
+    """Else it would be a derivative of zero. Without a tangent nothing is asked of it."""
+    case = make_case(device, sharp_dtype(device))
+    q, rest = case.pop("q"), case
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        torch.ops.leanattn.decode(q, **rest)
+        with pytest.raises(RuntimeError, match="inference only"):
+            torch.ops.leanattn.decode(forward_ad.make_dual(q, q), **rest)
+    with pytest.raises(RuntimeError, match="inference only"):
+        torch.func.jvp(lambda x: torch.ops.leanattn.decode(x, **rest), (q,), (q,))
+
+
+def test_out_is_known_to_be_written(device):
+    """Autograd must not use what it has saved of it."""
+    case = make_case(device, sharp_dtype(device))
+    out = torch.zeros_like(torch.ops.leanattn.decode(**case))
+    weight = torch.ones_like(out, requires_grad=True)
+    loss = (weight * out).sum()
+    torch.ops.leanattn.decode_out(**case, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        inference_out = torch.zeros_like(out)
+        torch.ops.leanattn.decode_out(**case, out=inference_out)
+    torch.ops.leanattn.decode_out(**case, out=inference_out)  # has no version to count
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(guard, device):
     """Parameters that require grad are fine where no graph is recorded."""

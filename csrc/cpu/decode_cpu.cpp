@@ -1,7 +1,7 @@
 #include "decode_cpu.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <map>
 #include <optional>
 #include <utility>
@@ -19,44 +19,66 @@
 namespace leanattn {
 namespace {
 
-// The states of an item's rows; see softmax_state.h, whose algebra this is for a run-time Dv.
+// A score or sink in double, while a step of fp32 there is small beside 1; else in fp32, as a maximum is,
+// which could be far from the double.
+double exact_unless_large(double exact, float rounded) {
+  return std::fabs(exact) > 1e6 ? rounded : exact;
+}
+
+// The states of an item's rows; see softmax_state.h, whose algebra this is for a run-time Dv, and in
+// double: a long sequence's tiles added up in fp32 would be off by more than fp32 results may be.
 struct RowStates {
-  std::vector<float> max;  // [rows]
-  std::vector<float> sum;  // [rows]
-  std::vector<float> o;    // [rows, Dv]
+  std::vector<double> max;  // [rows]; numbers of fp32, for partials are stored so
+  std::vector<double> sum;  // [rows]
+  std::vector<double> o;    // [rows, Dv]
   int head_dim_v;
 
   RowStates(int rows, int head_dim_v)
       : max(rows, kNegativeInfinity),
-        sum(rows, 0.0f),
-        o(static_cast<size_t>(rows) * head_dim_v, 0.0f),
+        sum(rows, 0.0),
+        o(static_cast<size_t>(rows) * head_dim_v, 0.0),
         head_dim_v(head_dim_v) {}
 
-  float* o_row(int row) { return o.data() + static_cast<size_t>(row) * head_dim_v; }
+  double* o_row(int row) { return o.data() + static_cast<size_t>(row) * head_dim_v; }
 
   // Takes the row's maximum up to new_max.
-  void rescale(int row, float new_max) {
+  void rescale(int row, double new_max) {
     if (new_max == max[row]) return;
-    const float factor = rescale_factor(max[row], new_max);
+    const double factor = rescale_factor(max[row], new_max);
     sum[row] *= factor;
-    float* o = o_row(row);
+    double* o = o_row(row);
     for (int d = 0; d < head_dim_v; ++d) o[d] *= factor;
     max[row] = new_max;
   }
 
+  // For the fixed tree, whose nodes are the same whether they go through the workspace or not.
   void merge(const RowStates (&others)[1]) {
     for (int row = 0; row < static_cast<int>(max.size()); ++row) {
       merge(row, others[0].max[row], others[0].sum[row],
             others[0].o.data() + static_cast<size_t>(row) * head_dim_v);
     }
+    round_to_fp32();
   }
 
-  void merge(int row, float other_max, float other_sum, const float* other_o) {
-    rescale(row, std::max(max[row], other_max));
-    const float factor = rescale_factor(other_max, max[row]);
+  void round_to_fp32() {
+    for (double& x : sum) x = static_cast<float>(x);
+    for (double& x : o) x = static_cast<float>(x);
+  }
+
+  template <class Real>
+  void merge(int row, Real other_max, Real other_sum, const Real* other_o) {
+    rescale(row, std::max<double>(max[row], other_max));
+    const double factor = rescale_factor<double>(other_max, max[row]);
     sum[row] += factor * other_sum;
-    float* o = o_row(row);
+    double* o = o_row(row);
     for (int d = 0; d < head_dim_v; ++d) o[d] += factor * other_o[d];
+  }
+
+  // A sink is one more logit in the denominator.
+  void merge_sink(int row, float sink) {
+    const float rounded = sink_log2(sink);
+    rescale(row, std::max<double>(max[row], rounded));
+    sum[row] += rescale_factor(exact_unless_large(sink / std::log(2.0), rounded), max[row]);
   }
 };
 
@@ -150,8 +172,7 @@ class CpuDecode {
   }
 
   // One row's online softmax over keys [begin, end): dot products become probabilities. Scores stay in
-  // double until the maximum is off them, for then only small differences count; but where fp32's
-  // steps are so wide that the fp32 maximum could be far from the largest score, in fp32.
+  // double until the maximum is off them, for then only small differences count.
   void softmax(RowStates& states, int row, const QueryRow& r, const Segment& segment, int begin,
                int end, double* scores, float* probabilities) const {
     const float slope = params_.alibi_slopes
@@ -159,18 +180,23 @@ class CpuDecode {
                                                    r.head * params_.alibi_head_stride]
                             : 0.0f;
     const double k_scale = scale_of(params_.k_scale, segment.seq, segment.head);
-    float new_max = states.max[row];
+    float new_max = static_cast<float>(states.max[row]);
     for (int key = begin; key < end; ++key) {
       double& score = scores[key - begin];
       score = score_log2(params_, score * k_scale, slope, std::abs(r.position - key));
-      if (std::fabs(score) > 1e6) score = static_cast<float>(score);
+      score = exact_unless_large(score, static_cast<float>(score));
       new_max = std::fmax(new_max, static_cast<float>(score));
     }
     states.rescale(row, new_max);
     const double base = exponent_base(new_max);
-    float sum = 0.0f;
+    double sum = 0.0;
     for (int i = 0; i < end - begin; ++i) {
-      probabilities[i] = fast_exp2(static_cast<float>(scores[i] - base));
+      // exp2 in fp32, and to first order what fp32 has cut off its argument.
+      const double exponent = scores[i] - base;
+      const float rounded = static_cast<float>(exponent);
+      const float rest = static_cast<float>(exponent - rounded);
+      const float power = fast_exp2(rounded);
+      probabilities[i] = std::isfinite(rounded) ? power + power * kLn2 * rest : power;
       sum += probabilities[i];
     }
     states.sum[row] += sum;
@@ -211,11 +237,10 @@ class CpuDecode {
   void store_partial(const Segment& segment, int unit, int node, const RowStates& states) const {
     const int64_t slot = first_row_of(participants(line_.shares(), segment), unit, node);
     for (int row = 0; row < rows_of(segment); ++row) {
-      params_.partial_stats[(slot + row) * 2] = states.max[row];
-      params_.partial_stats[(slot + row) * 2 + 1] = states.sum[row];
+      params_.partial_stats[(slot + row) * 2] = static_cast<float>(states.max[row]);
+      params_.partial_stats[(slot + row) * 2 + 1] = static_cast<float>(states.sum[row]);
     }
-    std::memcpy(params_.partial_o + slot * params_.head_dim_v, states.o.data(),
-                states.o.size() * sizeof(float));
+    std::copy(states.o.begin(), states.o.end(), params_.partial_o + slot * params_.head_dim_v);
   }
 
   // Of a partial, among the rows of all partials.
@@ -257,8 +282,9 @@ class CpuDecode {
       finish(states, node.covers(segment.item));
     };
     for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-      fold_node(segment.item, segment.tile_begin, {0, tile}, compute(segment, tile, tile + 1),
-                stack, emit);
+      RowStates states = compute(segment, tile, tile + 1);
+      states.round_to_fp32();
+      fold_node(segment.item, segment.tile_begin, {0, tile}, std::move(states), stack, emit);
     }
     fold_rest<RowStates>(segment.item, segment.tile_begin, segment.tile_end, stack, emit);
   }
@@ -288,20 +314,24 @@ class CpuDecode {
     const float v_scale = scale_of(params_.v_scale, segment.seq, segment.head);
     for (int row = 0; row < rows_of(segment); ++row) {
       const QueryRow r = query_row(params_, segment, row);
+      float lse;
       if (params_.sinks) {
-        const std::vector<float> no_value(params_.head_dim_v, 0.0f);
-        states.merge(row, params_.sinks[r.head * params_.sinks_stride] * kLog2E, 1.0f,
-                     no_value.data());
+        const float sink = params_.sinks[r.head * params_.sinks_stride];
+        states.merge_sink(row, sink);
+        lse = lse_of(states.max[row], states.sum[row], sink);
+      } else {
+        lse = lse_of(states.max[row], states.sum[row]);
       }
       write_row(segment.seq, segment.sequence.query_begin + r.query, r.head, states.o_row(row),
-                inverse_of(states.sum[row]) * v_scale, lse_of(states.max[row], states.sum[row]));
+                inverse_of(states.sum[row]) * v_scale, lse);
     }
   }
 
-  void write_row(int seq, int q_row, int head, const float* o, float factor, float lse) const {
+  void write_row(int seq, int q_row, int head, const double* o, double factor, float lse) const {
     Element* out = static_cast<Element*>(params_.out) + out_offset(params_, seq, q_row, head);
     for (int d = 0; d < params_.head_dim_v; ++d) {
-      out[d * params_.out_dim_stride] = static_cast<Element>(o ? o[d] * factor : 0.0f);
+      out[d * params_.out_dim_stride] =
+          static_cast<Element>(static_cast<float>(o ? o[d] * factor : 0.0));
     }
     if (params_.lse) params_.lse[lse_offset(params_, seq, q_row, head)] = lse;
   }
@@ -313,7 +343,7 @@ class CpuDecode {
     for (int row = 0; row < rows; ++row) {
       for (int head_kv = 0; head_kv < problem_.num_heads_kv; ++head_kv) {
         const int head = head_kv * problem_.group_size + row % problem_.group_size;
-        write_row(seq, sequence.query_begin + row / problem_.group_size, head, nullptr, 0.0f,
+        write_row(seq, sequence.query_begin + row / problem_.group_size, head, nullptr, 0.0,
                   params_.sinks ? params_.sinks[head * params_.sinks_stride] : kNegativeInfinity);
       }
     }
@@ -322,7 +352,7 @@ class CpuDecode {
   void write_uncovered_rows(int begin, int end) const {
     for (int row = begin; row < end; ++row) {
       for (int head = 0; head < params_.num_heads_q; ++head) {
-        write_row(0, row, head, nullptr, 0.0f, kNegativeInfinity);
+        write_row(0, row, head, nullptr, 0.0, kNegativeInfinity);
       }
     }
   }

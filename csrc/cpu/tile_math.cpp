@@ -21,15 +21,14 @@ void multiply_keys(const float* q, const float* k, int tokens, int head_dim, dou
 }
 
 LEANATTN_CLONES
-void multiply_values(const float* p, const float* v, int tokens, int head_dim, float* o) {
-  // A tile's sum first, then o: a million keys added to o one by one would lose fp32's last digits.
+void multiply_values(const float* p, const float* v, int tokens, int head_dim, double* o) {
   constexpr int kBlock = 8;  // head dims are multiples of it
   for (int block = 0; block < head_dim; block += kBlock) {
-    float sum[kBlock] = {};
+    double sum[kBlock] = {};
     for (int token = 0; token < tokens; ++token) {
       const float* row = v + static_cast<long>(token) * head_dim + block;
 #pragma omp simd
-      for (int d = 0; d < kBlock; ++d) sum[d] += p[token] * row[d];
+      for (int d = 0; d < kBlock; ++d) sum[d] += static_cast<double>(p[token]) * row[d];
     }
     for (int d = 0; d < kBlock; ++d) o[block + d] += sum[d];
   }

@@ -25,6 +25,7 @@ from transformers.masking_utils import (
 )
 
 from leanattn.sdpa import MAX_QUERIES, backend_override, unsupported
+from leanattn.token_pages import as_token_pages
 
 NAME = "leanattn"
 
@@ -194,38 +195,17 @@ def _decode_step(query, key, value, mask, scaling, softcap, sinks):
         raise ValueError(
             f"leanattn: the mask is of {mask.shape[3]} tokens, the cache has {key.shape[1]}"
         )
-    pages_a_sequence = _pages_a_sequence(key)
-    if pages_a_sequence is None or pages_a_sequence != _pages_a_sequence(value):
+    pages = as_token_pages(key, value)
+    if pages is None:
         return None
+    key, value, sequence_step, token_step = pages
     table = mask[:, 0, 0]
-    if key.shape[0] > 1:
-        sequences = torch.arange(key.shape[0], dtype=torch.int32, device=key.device)
-        table = table + pages_a_sequence * sequences[:, None]
-    key, value = (_as_pages(x, pages_a_sequence) for x in (key, value))
+    if token_step != 1:
+        table = table * token_step
+    if query.shape[0] > 1:
+        sequences = torch.arange(query.shape[0], dtype=torch.int32, device=key.device)
+        table = table + sequence_step * sequences[:, None]
     return _decode(query, key, value, mask[:, 1, 0, 0], table, **options)
-
-
-def _pages_a_sequence(cache):
-    """How many tokens of [B, T, Hkv, D] lie between two sequences, or None if no whole number."""
-    batch, tokens = cache.shape[:2]
-    batch_stride, token_stride = cache.stride()[:2]
-    if batch == 1:
-        return tokens
-    if token_stride == 0 or batch_stride % token_stride:
-        return None
-    pages = batch_stride // token_stride
-    return pages if (batch - 1) * pages + tokens < 2**31 else None
-
-
-def _as_pages(cache, pages_a_sequence):
-    """[B, T, Hkv, D] as pages of one token, [num_pages, 1, Hkv, D], of which the sequence b begins
-    at page b * pages_a_sequence. Between the sequences lie pages that overlap others."""
-    batch, tokens, heads, dim = cache.shape
-    _, token_stride, head_stride, dim_stride = cache.stride()
-    pages = (batch - 1) * pages_a_sequence + tokens
-    return cache.as_strided(
-        (pages, 1, heads, dim), (token_stride, token_stride, head_stride, dim_stride)
-    )
 
 
 # Scores that a prefill with softcap or sinks holds at a time; 2^28 fp32 numbers are a GiB.

@@ -320,8 +320,8 @@ PYBIND11_MODULE(headers, m) {
           })
       .def("merge", &merge)
       .def("merge_sink", &State::merge_sink);
-  m.def("lse_of", &lse_of);
-  m.def("inverse_of", &inverse_of);
-  m.def("exponent_base", &exponent_base);
-  m.def("rescale_factor", &rescale_factor);
+  m.def("lse_of", py::overload_cast<float, float>(&lse_of<float>));
+  m.def("inverse_of", &inverse_of<float>);
+  m.def("exponent_base", &exponent_base<float>);
+  m.def("rescale_factor", &rescale_factor<float>);
 }

@@ -46,10 +46,16 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   using Element = typename Traits::Element;
   const QueryRow row = query_row(params, segment, item_row);
   const int q_row = segment.sequence.query_begin + row.query;
-  if (params.sinks) state.merge_sink(params.sinks[row.head * params.sinks_stride]);
-  if (dim == 0 && params.lse) {
-    params.lse[lse_offset(params, segment.seq, q_row, row.head)] = lse_of(state.max, state.sum);
+  const bool wants_lse = dim == 0 && params.lse;
+  float lse = 0.0f;
+  if (params.sinks) {
+    const float sink = params.sinks[row.head * params.sinks_stride];
+    state.merge_sink(sink);
+    if (wants_lse) lse = lse_of(state.max, state.sum, sink);
+  } else if (wants_lse) {
+    lse = lse_of(state.max, state.sum);
   }
+  if (wants_lse) params.lse[lse_offset(params, segment.seq, q_row, row.head)] = lse;
   float factor = inverse_of(state.sum);
   if constexpr (Traits::kFloat8) {
     factor *= scale_of(params.v_scale, segment.seq, segment.head);
