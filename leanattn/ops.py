@@ -385,8 +385,12 @@ class _NoBackwardInPlace(torch.autograd.Function):
         _raise_no_derivative()
 
 
-def _has_tangent(tensor):
-    return torch.autograd.forward_ad.unpack_dual(tensor, level=0).tangent is not None
+def has_tangent(*tensors):
+    """Whether a forward-mode derivative is being taken with respect to one of the tensors."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
+        return False
+    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
 
 
 def _register_autograd(op):
@@ -399,13 +403,10 @@ def _register_autograd(op):
     written = [
         (i, a.name) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write
     ]
-    forward_ad = torch.autograd.forward_ad
 
     def kernel(keyset, *args, **kwargs):
-        if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
-            tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-            if any(_has_tangent(tensor) for tensor in tensors):
-                _raise_no_derivative()
+        if has_tangent(*(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))):
+            _raise_no_derivative()
         outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
         results = [args[i] if i < len(args) else kwargs[name] for i, name in written]
         for result in results:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
+from leanattn.ops import has_tangent
 
 _ops = torch.ops.leanattn
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -106,6 +107,8 @@ def backend_override():
 
 def unsupported(query, key, value):
     """Why leanattn.decode cannot take these [B, H, S, D] tensors, or None. Host knowledge alone."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "a tensor is nested"
     if not query.dim() == key.dim() == value.dim() == 4:
         return "not all of query, key and value are 4-D"
     if not (query.dtype == key.dtype == value.dtype):
@@ -145,6 +148,8 @@ def unsupported(query, key, value):
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         return "gradients are needed"
+    if not torch.compiler.is_compiling() and has_tangent(query, key, value):
+        return "derivatives are needed"
     return None
 
 

@@ -120,6 +120,31 @@ def test_what_goes_to_torch(name, device, monkeypatch, calls):
         leanattn.scaled_dot_product_attention(*inputs, **options)
 
 
+def test_nested_tensors_go_to_torch():
+    rows = [torch.randn(3, 4, 16), torch.randn(5, 4, 16)]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged).transpose(1, 2)
+    out = leanattn.scaled_dot_product_attention(nested, nested, nested)
+    expected = torch.nn.functional.scaled_dot_product_attention(nested, nested, nested)
+    torch.testing.assert_close(out.values(), expected.values())
+    assert leanattn.explain(nested, nested, nested).reason == "a tensor is nested"
+
+
+def test_forward_mode_goes_to_torch(monkeypatch):
+    """Though decode steps would not, on a GPU."""
+    q, k, v = torch.randn(3, 2, 4, 9, 16).unbind(0)
+    q = q[:, :, :1].contiguous()
+
+    def attend(function):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.func.jvp(lambda x: function(x, k, v), (q,), (torch.ones_like(q),))
+
+    mine = attend(leanattn.scaled_dot_product_attention)
+    torch.testing.assert_close(mine, attend(torch.nn.functional.scaled_dot_product_attention))
+    monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+    with pytest.raises(ValueError, match="derivatives are needed"):
+        attend(leanattn.scaled_dot_product_attention)
+
+
 def test_prefill_goes_to_torch(device, monkeypatch, calls):
     """More than 16 queries, unless forced."""
     inputs = make(device, queries=17, heads=(4, 4))

@@ -445,8 +445,9 @@ def test_inductor_compiles_a_step(padded, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_generate_compiles_a_static_cache_into_cuda_graphs(device):
+def test_generate_compiles_a_static_cache_into_cuda_graphs(device, monkeypatch):
     """What generate does by itself with a static cache on a GPU: mode="reduce-overhead"."""
+    monkeypatch.setattr(integration, "_decode", torch.ops.leanattn.decode)  # not one that counts
     torch._dynamo.reset()
     model = make_model("llama", "leanattn", device, torch.bfloat16)
     ids, mask = make_prompts(True, device)
@@ -546,6 +547,8 @@ def test_pages_of_caches_of_many_strides():
         torch.randn(4, 2, 30, 16)[:, :, 5:17],
         torch.randn(4, 2, 12, 32)[..., 16:],
         torch.randn(4, 12, 2, 16).transpose(1, 2),
+        torch.randn(12, 4, 2, 16).permute(1, 2, 0, 3),
+        torch.randn(4 * 400).as_strided((4, 2, 12, 16), (396, 192, 16, 1)),
     ]
     for cache in caches:
         out = integration._decode_step(query, cache, cache, mask, None, None, None)
@@ -556,6 +559,100 @@ def test_pages_of_caches_of_many_strides():
     with pytest.raises(ValueError, match="mask is of 12 tokens, the cache has 11"):
         cut = caches[0][:, :, :11]
         integration._decode_step(query, cut, cut, mask, None, None, None)
-    # No whole number of tokens between sequences: torch does it.
-    odd = torch.randn(4 * 400).as_strided((4, 2, 12, 16), (397, 192, 16, 1))
-    assert integration._decode_step(query, odd, odd, mask, None, None, None) is None
+    # No table of tokens is right for both: torch does it.
+    key, value = caches[:2]
+    assert integration._decode_step(query, key, value, mask, None, None, None) is None
+
+
+# --- Models that do more -------------------------------------------------------------------------
+
+SMALL = dict(
+    vocab_size=211, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+    bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+MLA = dict(
+    num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    moe_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+    qk_nope_head_dim=16, v_head_dim=16, index_n_heads=2, index_head_dim=16, index_topk=6,
+)  # fmt: skip
+SHARED_LAYERS = dict(
+    num_hidden_layers=4, num_kv_shared_layers=2, head_dim=16, global_head_dim=16, sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"] * 2, hidden_size_per_layer_input=8,
+    vocab_size_per_layer_input=211,
+)  # fmt: skip
+
+
+def small_models(name, **more):
+    """The model of transformers' name, by eager and by leanattn, with the same weights."""
+    models = []
+    for implementation in ("eager", "leanattn"):
+        config = transformers.AutoConfig.for_model(name, **{**SMALL, **more})
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=implementation
+        )
+        models.append(model.eval())
+    return models
+
+
+def logits_alike(models, *arguments, **options):
+    with torch.no_grad():
+        expected, actual = (model(*arguments, **options).logits for model in models)
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_models_whose_masks_do_not_say_all():
+    """Sparse attention that is told which keys to take beside the mask."""
+    _, model = small_models("deepseek_v32", **MLA)
+    with pytest.raises(NotImplementedError, match="indices"):
+        model(make_tokens(30))
+
+
+def test_models_that_take_no_other_attention():
+    """transformers lets them have any that is registered, and they would misread its masks."""
+    _, model = small_models("bloom", n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="BloomModel does not support"):
+        model(make_tokens(30))
+
+
+def test_models_that_change_their_mask():
+    tokens = make_tokens(30)
+    mask = torch.ones_like(tokens)
+    mask[1, :5] = 0
+    models = small_models("doge")
+    caches = [transformers.DynamicCache(config=model.config) for model in models]
+    for part in (slice(0, 29), slice(29, 30)):
+        with torch.no_grad():
+            expected, actual = (
+                model(
+                    tokens[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache
+                ).logits[:, -1]
+                for model, cache in zip(models, caches)
+            )
+        torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_models_whose_last_layers_drop_queries():
+    """Gemma 4 does where layers share keys, and the rest must see what it saw."""
+    models = small_models("gemma4_text", **SHARED_LAYERS)
+    logits_alike(models, make_tokens(30), logits_to_keep=4)
+    with torch.no_grad():
+        expected, actual = (
+            model(
+                make_tokens(30), logits_to_keep=1,
+                past_key_values=transformers.StaticCache(config=model.config, max_cache_len=300),
+            ).logits
+            for model in models
+        )  # fmt: skip
+    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_mask_of_ones_own_in_int32_is_no_encoding():
+    """torch says what it thinks of it, as it does with sdpa."""
+    _, model = small_models("llama")
+    mask = torch.ones(2, 1, 1, 30, dtype=torch.int32)
+    cache = transformers.DynamicCache(config=model.config)
+    model(make_tokens(29), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="bool or float"):
+        model(make_tokens(1), past_key_values=cache, attention_mask=mask)

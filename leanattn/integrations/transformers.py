@@ -14,8 +14,10 @@ T is the cache's capacity, of which nothing but the tokens seen is read. The op 
 with `pages` it takes the cache as a paged one whose pages hold one token each, in any order.
 """
 
+import functools
+
 import torch
-from transformers import AttentionInterface
+from transformers import MODEL_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -36,6 +38,13 @@ _decode = torch.ops.leanattn.decode
 _LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv",
 }  # fmt: skip
+
+
+# Models that change the mask that they were given before they hand it on.
+_MASK_EDITORS = {"doge"}
+
+# By which models tell an attention function of keys to leave out, or of sinks, and not by the mask.
+_UNKNOWN_ARGUMENTS = ("indices", "block_indices", "sinks")
 
 
 def register():
@@ -74,8 +83,13 @@ def decode_mask(
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, config=config, device=device,
     )  # fmt: skip
+    _check_model(config)
+    if getattr(config, "num_kv_shared_layers", 0):
+        # Layers that share keys may drop queries, and then need to be told what the rest sees.
+        options["allow_is_causal_skip"] = False
     decode_step = q_length <= MAX_QUERIES and q_length < kv_length
-    if not decode_step or not _LAYER_TYPES.issuperset(getattr(config, "layer_types", None) or ()):
+    plain = _LAYER_TYPES.issuperset(getattr(config, "layer_types", None) or ())
+    if not decode_step or not plain or getattr(config, "model_type", None) in _MASK_EDITORS:
         return sdpa_mask(**arguments, **options)
     if attention_mask is None and _sees_prefix(mask_function, kv_length, local_size):
         length = q_offset + q_length - kv_offset
@@ -91,6 +105,28 @@ def decode_mask(
         options["allow_is_bidirectional_skip"] = False
     mask = sdpa_mask(**arguments, **options)
     return _pages(mask[:, 0, 0]) if q_length == 1 and mask is not None else mask
+
+
+def _check_model(config):
+    """Refuses models that do not take other attention than their own, though transformers lets them
+    have it by name. While dynamo traces, the model has been here before, or will be."""
+    if torch.compiler.is_compiling() or config is None:
+        return
+    model = _model_of(type(config))
+    if model is not None and not (model._supports_sdpa or model._supports_attention_backend):
+        raise ValueError(
+            f"leanattn: {model.__name__} does not support other attention than its own: "
+            'use attn_implementation="eager"'
+        )
+
+
+@functools.lru_cache
+def _model_of(config_type):
+    """Its class, or None where transformers does not know one."""
+    if config_type not in MODEL_MAPPING:
+        return None
+    model = MODEL_MAPPING[config_type]
+    return model[0] if isinstance(model, (tuple, list)) else model
 
 
 def _sees_prefix(mask_function, kv_length, local_size):
@@ -124,7 +160,9 @@ def _pages(visible):
 
 
 def _is_from_decode_mask(mask):
-    return isinstance(mask, torch.Tensor) and mask.dtype == torch.int32 and mask.dim() == 4
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.int32 or mask.dim() != 4:
+        return False
+    return mask.shape[2] == 1 and (mask.shape[1] == 2 or mask.shape[1:] == (1, 1, 1))
 
 
 def _bool_mask(mask, q_length, kv_length):
@@ -156,6 +194,12 @@ def attention_forward(
     Returns:
         (`[B, Sq, Hq, Dv]`, None)
     """
+    for name in _UNKNOWN_ARGUMENTS:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"leanattn: {type(module).__name__} gives its attention `{name}`, which leanattn "
+                'does not know: use attn_implementation="sdpa" or "eager"'
+            )
     from_decode_mask = _is_from_decode_mask(attention_mask)
     is_step = from_decode_mask or (attention_mask is None and query.shape[2] == 1)
     if is_step and dropout == 0.0 and kwargs.get("position_bias") is None:
