@@ -187,8 +187,9 @@ struct Workspace {
 Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   p.counter_per_item = has_counter_per_item(p);
   if (a.counters) {
-    check.require(a.counters->numel() >= num_counters(p), "counters", "must have at least ",
-                  num_counters(p), " elements for this call, got ", a.counters->numel());
+    const int64_t needed = may_leave_partials(p) ? num_counters(p) : 0;
+    check.require(a.counters->numel() >= needed, "counters", "must have at least ", needed,
+                  " elements for this call, got ", a.counters->numel());
     p.counters = static_cast<int32_t*>(a.counters->mutable_data_ptr());
   }
   const WorkspacePlan plan = plan_workspace(p, !a.counters, a.q.is_cuda());

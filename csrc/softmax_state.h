@@ -78,8 +78,9 @@ LEANATTN_HD Real inverse_of(Real sum) {
   return sum == Real{0} ? Real{0} : Real{1} / sum;
 }
 
+// Aligned so that two numbers move at a time.
 template <int kWidth>
-struct SoftmaxState {
+struct alignas(kWidth % 2 == 0 ? 8 : 4) SoftmaxState {
   float max = kNegativeInfinity;
   float sum = 0.0f;
   float o[kWidth] = {};  // some of a row's elements

@@ -2,13 +2,14 @@
 #pragma once
 
 #include <array>
-#include <atomic>
+#include <mutex>
 #include <string>
 
 #include <cuda_runtime.h>
 
 #include "../cost_model.h"
 #include "../params.h"
+#include "driver_function.h"
 #include "kernel/loaders.h"
 #include "launch.h"
 
@@ -18,7 +19,7 @@ constexpr int kMaxDevices = 64;
 
 // What the driver must be told, and says, of a kernel once a device.
 struct KernelSetup {
-  std::atomic<bool> done{false};
+  std::once_flag once;
   bool has_tma = false;  // false also where compute_80 PTX was compiled for a newer device
   int num_stages = 0;    // 0: the device has too little shared memory for the kernel
   int shared_memory_bytes = 0;
@@ -61,11 +62,9 @@ struct LaunchConfig {
 
 [[noreturn]] void throw_error(const std::string& message);
 
-// Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
-bool wants_dependent_launch();
-
 // The tensor maps of K and V, or unusable ones where the bulk tensor copies cannot be used: strides
-// that a tensor map cannot hold, an empty cache, an old driver, or LEANATTN_LOADER=cp_async.
+// that a tensor map cannot hold, an empty cache, an old driver, or LEANATTN_LOADER=cp_async. Throws
+// where LEANATTN_LOADER=tma asks for them and the driver refuses what it should take.
 TensorMaps make_tensor_maps(const DecodeParams& params);
 
 }  // namespace leanattn

@@ -18,7 +18,7 @@ namespace leanattn {
 template <class Traits>
 const KernelSetup& setup_kernel(int device);
 template <class Traits>
-void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream);
+void launch_kernel(const DecodeParams& params, bool may_overlap, int device, cudaStream_t stream);
 
 void throw_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -51,20 +51,15 @@ const DeviceLimits& device_limits(int device) {
 
 namespace {
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// Through the runtime, so that libcuda is not needed at link time. Null on drivers without it.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                                12000, cudaEnableDefault, &result);
-    const bool found = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
-    if (!found) cudaGetLastError();
-    return reinterpret_cast<EncodeTiled>(found ? entry : nullptr);
-  }();
+auto encode_tiled() {
+  static const auto function =
+      driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   return function;
+}
+
+bool asks_for(const char* name, const char* value) {
+  const char* set = std::getenv(name);
+  return set && std::strcmp(set, value) == 0;
 }
 
 // The value of an environment variable that is one of two words; the first if it is not set.
@@ -108,12 +103,14 @@ bool encode(const MapShape& shape, CacheType type, int box_rows, CUtensorMap& ma
       &map, data_type, 4, const_cast<void*>(shape.data), shape.extent, stride_bytes, box,
       element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  // Asked for by name, it must not be something else that works instead.
+  if (result != CUDA_SUCCESS && asks_for("LEANATTN_LOADER", "tma")) {
+    throw_error("leanattn: cuTensorMapEncodeTiled failed with " + std::to_string(result));
+  }
   return result == CUDA_SUCCESS;
 }
 
 }  // namespace
-
-bool wants_dependent_launch() { return is_second("LEANATTN_PDL", "0", "1"); }
 
 TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
@@ -219,16 +216,21 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
           max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
+// Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
+bool wants_dependent_launch() { return is_second("LEANATTN_PDL", "0", "1"); }
+
 }  // namespace
 
 void launch_decode(const DecodeParams& params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream) {
+  // After a memset there is no kernel to overlap with.
+  const bool may_overlap = wants_dependent_launch() && !zero_counters;
   if (zero_counters) {
     check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
                "cudaMemsetAsync");
   }
   dispatch(make_key(params, params.problem.rows_per_item, device),
-           [&]<class Traits>() { launch_kernel<Traits>(params, device, stream); });
+           [&]<class Traits>() { launch_kernel<Traits>(params, may_overlap, device, stream); });
 }
 
 int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
@@ -272,7 +274,12 @@ void warm_up(int device) {
 
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status;
-  check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  const cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  if (error == cudaErrorStreamCaptureImplicit) {
+    cudaGetLastError();  // the default stream, while another thread captures one that waits for it
+    return true;
+  }
+  check_cuda(error, "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
 }
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <array>
-#include <atomic>
+#include <mutex>
 
 #include "host_util.h"
 #include "kernel/decode_kernel.h"
@@ -12,11 +12,7 @@
 namespace leanattn {
 
 template <class Traits>
-const KernelSetup& setup_kernel(int device) {
-  static std::array<KernelSetup, kMaxDevices> setups;
-  KernelSetup& setup = setups.at(device);
-  if (setup.done.load(std::memory_order_acquire)) return setup;
-  // Two threads may come here together: both find the same values.
+void find_setup(int device, KernelSetup& setup) {
   const auto kernel = decode_kernel<Traits>;
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
@@ -24,10 +20,7 @@ const KernelSetup& setup_kernel(int device) {
   const int num_stages = min_of(available / Traits::kStageBytes, Traits::kMaxStages);
   // Without wgmma, as in what the driver compiles from PTX, the kernel is empty: a handful of registers.
   const bool is_empty = Traits::kWgmma && attributes.numRegs < 64;
-  if (num_stages < Traits::kFewestStages || is_empty) {
-    setup.done.store(true, std::memory_order_release);
-    return setup;
-  }
+  if (num_stages < Traits::kFewestStages || is_empty) return;
   setup.has_tma = attributes.ptxVersion >= 90 && device_limits(device).capability >= 90;
   setup.num_stages = num_stages;
   setup.shared_memory_bytes = Traits::kRingOffset + num_stages * Traits::kStageBytes;
@@ -45,7 +38,13 @@ const KernelSetup& setup_kernel(int device) {
       setup.max_clusters[size] = 0;
     }
   }
-  setup.done.store(true, std::memory_order_release);
+}
+
+template <class Traits>
+const KernelSetup& setup_kernel(int device) {
+  static std::array<KernelSetup, kMaxDevices> setups;
+  KernelSetup& setup = setups.at(device);
+  std::call_once(setup.once, [&] { find_setup<Traits>(device, setup); });
   return setup;
 }
 
@@ -60,20 +59,21 @@ RoomPlan plan_fold(const KernelSetup& setup) {
 
 // One CTA a unit.
 template <class Traits>
-void launch_kernel(const DecodeParams& params, int device, cudaStream_t stream) {
+void launch_kernel(const DecodeParams& params, bool may_overlap, int device, cudaStream_t stream) {
   const KernelSetup& setup = setup_kernel<Traits>(device);
   const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
-  if (wants_dependent_launch() && setup.has_tma) launch.overlap_with_previous_kernel();
+  if (may_overlap && setup.has_tma) launch.overlap_with_previous_kernel();
   const RoomPlan room = Traits::kTree ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),
              "cudaLaunchKernelEx");
 }
 
 // Of DecodeTraits' arguments.
-#define LEANATTN_INSTANTIATE(...)                                           \
-  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int); \
-  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, int, cudaStream_t);
+#define LEANATTN_INSTANTIATE(...)                                                        \
+  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int);              \
+  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, bool, int, \
+                                                         cudaStream_t);
 
 }  // namespace leanattn

@@ -65,7 +65,6 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
-inline void __threadfence() {}
 [[noreturn]] inline void __trap() { throw std::logic_error("trap"); }
 inline int atomicMin(int* address, int value) {
   const emulator::Quiet quiet;

@@ -59,8 +59,8 @@ __device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int u
       write_quad<Traits>(params, segment, row, dim, merged);
     }
   }
-  // Nobody leaves while others read its shared memory.
-  cluster.barrier_wait(cluster.barrier_arrive());
+  // Nobody leaves while others read its shared memory. A release would wait for the stores of out.
+  ptx::cluster_sync_relaxed();
 #endif
 }
 

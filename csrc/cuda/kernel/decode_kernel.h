@@ -131,8 +131,10 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
 #if LEANATTN_ARCH >= 900
       cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
       if (maps.usable) {
-        cute::prefetch_tma_descriptor(&maps.k.tile);
-        cute::prefetch_tma_descriptor(&maps.v.tile);
+        for (const CacheMaps* cache : {&maps.k, &maps.v}) {
+          cute::prefetch_tma_descriptor(&cache->tile);
+          cute::prefetch_tma_descriptor(&cache->rows);
+        }
       }
 #endif
     }

@@ -60,7 +60,7 @@ __device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num
                                              typename Traits::SharedStorage& smem) {
   sync_consumers<Traits>();  // all partial stores of this CTA come before the release below
   if (threadIdx.x == 0) {
-    __threadfence();
+    ptx::fence_acq_rel_gpu();
     unsigned tickets[2];
     unsigned last[2];
 #pragma unroll
@@ -69,7 +69,7 @@ __device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num
       last[cut] = smem.cuts[cut].units.count() - 1;
       tickets[cut] = atomicInc(counter_of<Traits>(params, smem.cuts[cut]), last[cut]);
     }
-    __threadfence();
+    ptx::fence_acq_rel_gpu();
 #pragma unroll
     for (int cut = 0; cut < 2; ++cut) {
       if (cut < num_cuts) smem.cuts[cut].is_last_to_arrive = tickets[cut] == last[cut];

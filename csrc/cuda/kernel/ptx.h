@@ -83,6 +83,20 @@ __device__ __forceinline__ void fence_proxy_async() {
 #endif
 }
 
+// Between accesses of this thread, and what has been seen of others, to global memory: with an atomic
+// after it a release, with one before it an acquire. __threadfence is sequentially consistent, and dearer.
+__device__ __forceinline__ void fence_acq_rel_gpu() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+// A barrier of the cluster that publishes nothing: it only keeps CTAs, and their shared memory, there.
+__device__ __forceinline__ void cluster_sync_relaxed() {
+#if LEANATTN_ARCH >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait;" ::: "memory");
+#endif
+}
+
 // Programmatic dependent launch: until the kernel before has ended and its writes can be seen. Returns
 // at once where the launch had no such attribute.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -74,4 +74,16 @@ inline void fence_proxy_async() {}
 inline void wait_for_previous_kernel() {}
 inline void let_next_kernel_launch() {}
 
+inline void fence_acq_rel_gpu() {}  // atomicInc orders
+
+inline void cluster_sync_relaxed() {
+  emulator::Cluster& cluster = *emulator::cta().cluster;
+  const emulator::Quiet quiet;
+  const int generation = cluster.generation;
+  ++cluster.arrived;
+  cluster.check();
+  emulator::yield_until("the cluster",
+                        [&cluster, generation] { return cluster.generation != generation; });
+}
+
 }  // namespace leanattn::ptx
