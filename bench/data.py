@@ -6,10 +6,11 @@ from typing import Optional
 
 import torch
 
-from bench.shapes import ELEMENT_BYTES, Shape
+from bench.shapes import Shape
 
 ALIGNMENT = 512  # elements; where each tensor begins
 MAX_SETS = 256
+FLOAT8 = torch.float8_e4m3fn
 
 
 @dataclass
@@ -18,9 +19,9 @@ class Inputs:
 
     q: torch.Tensor  # [B, Sq, Hq, D]
     k_cache: torch.Tensor  # [B, S, Hkv, D] or [num_pages, page_size, Hkv, D]
-    v_cache: torch.Tensor  # like k_cache
+    v_cache: torch.Tensor  # like k_cache, or its first columns
     k_visible: torch.Tensor  # [visible elements]: as much of K's memory as the queries see
-    v_visible: torch.Tensor  # likewise of V's
+    v_visible: torch.Tensor  # likewise of V's; where V lies in K, each is a half of K's
 
 
 @dataclass
@@ -52,25 +53,42 @@ class Pool:
             # More than 4 times the L2 cache, so that a round through the sets leaves nothing there.
             self.cold_bytes = 4.2 * torch.cuda.get_device_properties(device).L2_cache_size
             limit_bytes = min(limit_bytes, 0.6 * torch.cuda.mem_get_info(device)[0])
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+        groups = {shape.is_float8: [] for shape in shapes}
+        for shape in shapes:
+            groups[shape.is_float8].append(shape)
+        limit_bytes /= len(groups)
+        self.numbers = {key: self._draw(group, limit_bytes) for key, group in groups.items()}
+
+    def _draw(self, shapes, limit_bytes):
+        element_bytes = shapes[0].cache_bytes
         wanted = max(sets_wanted(s, self.cold_bytes) * elements_of_set(s) for s in shapes)
-        elements = min(wanted, int(limit_bytes) // ELEMENT_BYTES)
-        self.numbers = torch.empty(elements, dtype=dtype, device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        for piece in self.numbers.split(1 << 28):
-            piece.normal_(generator=generator)
+        elements = min(wanted, int(limit_bytes) // element_bytes)
+        dtype = FLOAT8 if shapes[0].is_float8 else self.dtype
+        numbers = torch.empty(elements, dtype=dtype, device=self.device)
+        for piece in numbers.split(1 << 28):
+            if dtype == FLOAT8:
+                piece.copy_(torch.randn(piece.shape, device=self.device, generator=self.generator))
+            else:
+                piece.normal_(generator=self.generator)
+        return numbers
 
     def case(self, shape):
         """`shape` with as many input sets as a cold round takes, or as the pool holds. MemoryError
         if that is none."""
+        numbers = self.numbers[shape.is_float8]
         size = elements_of_set(shape)
-        count = min(sets_wanted(shape, self.cold_bytes), self.numbers.numel() // size)
+        count = min(sets_wanted(shape, self.cold_bytes), numbers.numel() // size)
         if count == 0:
             raise MemoryError(
-                f"needs {size * ELEMENT_BYTES / 2**30:.1f} GiB, the pool has "
-                f"{self.numbers.numel() * ELEMENT_BYTES / 2**30:.1f}"
+                f"needs {size * shape.cache_bytes / 2**30:.1f} GiB, the pool has "
+                f"{numbers.numel() * shape.cache_bytes / 2**30:.1f}"
             )
-        sets = [_inputs(shape, self.numbers[i * size : (i + 1) * size]) for i in range(count)]
-        device = self.numbers.device
+        sets = [_inputs(shape, numbers[i * size : (i + 1) * size]) for i in range(count)]
+        for inputs in sets if shape.is_float8 else ():
+            inputs.q = inputs.q.to(self.dtype)
+        device = self.device
         lengths = torch.tensor(shape.lengths, dtype=torch.int32)
         return Case(
             shape=shape,
@@ -86,7 +104,7 @@ def sets_wanted(shape, cold_bytes):
 
 
 def elements_of_set(shape):
-    return _padded(shape.query_elements) + 2 * _padded(shape.cache_elements)
+    return _padded(shape.query_elements) + shape.num_caches * _padded(shape.cache_elements)
 
 
 def unsorted_pages(shape):
@@ -105,18 +123,20 @@ def _padded(elements):
 
 
 def _inputs(shape, numbers):
-    """One input set in `numbers`: q, then K, then V."""
+    """One input set in `numbers`: q, then K, then V if it is apart."""
     begin_k = _padded(shape.query_elements)
-    begin_v = begin_k + _padded(shape.cache_elements)
-    q = numbers[: shape.query_elements]
-    k, v = (numbers[begin : begin + shape.cache_elements] for begin in (begin_k, begin_v))
-    return Inputs(
-        q=q.view(shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim),
-        k_cache=_cache_view(shape, k),
-        v_cache=_cache_view(shape, v),
-        k_visible=k[: shape.visible_elements],
-        v_visible=v[: shape.visible_elements],
+    q = numbers[: shape.query_elements].view(
+        shape.batch, shape.seqlen_q, shape.heads_q, shape.head_dim
     )
+    k = numbers[begin_k : begin_k + shape.cache_elements]
+    k_cache = _cache_view(shape, k)
+    if shape.latent_dim:
+        halves = k[: shape.visible_elements // 2 * 2].chunk(2)
+        return Inputs(q, k_cache, k_cache[..., : shape.latent_dim], *halves)
+    begin_v = begin_k + _padded(shape.cache_elements)
+    v = numbers[begin_v : begin_v + shape.cache_elements]
+    visible = slice(0, shape.visible_elements)
+    return Inputs(q, k_cache, _cache_view(shape, v), k[visible], v[visible])
 
 
 def _cache_view(shape, memory):
@@ -141,10 +161,10 @@ class Truth:
     """fp32 attention of the first input set, of a few of its sequences."""
 
     sequences: list
-    outputs: list  # each [Sq, Hq, D]
+    outputs: list  # each [Sq, Hq, Dv]
 
     def error(self, out):
-        """Of `out` `[B, Sq, Hq, D]`: the norm of the difference over that of the truth."""
+        """Of `out` `[B, Sq, Hq, Dv]`: the norm of the difference over that of the truth."""
         picked = torch.stack([out[seq].float() for seq in self.sequences])
         truth = torch.stack(self.outputs)
         return ((picked - truth).norm() / truth.norm()).item()
@@ -160,14 +180,14 @@ def truth(case):
 
 
 def _attend(case, seq):
-    """Causal attention of one sequence in fp32, [Sq, Hq, D], a KV head at a time."""
+    """Causal attention of one sequence in fp32, [Sq, Hq, Dv], a KV head at a time."""
     shape, inputs = case.shape, case.sets[0]
     q = inputs.q[seq].float().unflatten(1, (shape.heads_kv, shape.group_size))  # [Sq, Hkv, g, D]
     k, v = (_sequence(case, cache, seq) for cache in (inputs.k_cache, inputs.v_cache))
     tokens = k.shape[0]
     positions = torch.arange(tokens - shape.seqlen_q, tokens, device=case.device)
     hidden = torch.arange(tokens, device=case.device) > positions[:, None, None]  # [Sq, 1, L]
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:3], shape.head_dim_v)
     for head in range(shape.heads_kv):
         scores = q[:, head] @ k[:, head].float().T * shape.head_dim**-0.5  # [Sq, g, L]
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)

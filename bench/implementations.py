@@ -26,8 +26,8 @@ class Refused(Exception):
 
 @dataclass
 class Prepared:
-    """`call(inputs)` gives out, `[B, Sq, Hq, D]` or of as many elements in that order. `plan()`, if
-    any, is what a user calls whenever the lengths have changed, and is not part of `call`."""
+    """`call(inputs)` gives out, `[B, Sq, Hq, Dv]` or of as many elements in that order. `plan()`,
+    if any, is what a user calls whenever the lengths have changed, and is not part of `call`."""
 
     call: Callable
     plan: Optional[Callable] = None
@@ -54,7 +54,8 @@ OURS = "leanattn"
 def _leanattn(with_counters=True, **options):
     def prepare(case):
         decode = torch.ops.leanattn.decode
-        counters = leanattn.counters(case.device) if with_counters else None
+        # Enough for any layout that bench.tune forces.
+        counters = leanattn.counters(case.device, 1 << 16) if with_counters else None
 
         def call(inputs):
             return decode(
@@ -105,6 +106,8 @@ def _sdpa(folded=False, is_flash=False):
         shape = case.shape
         if shape.page_size:
             raise Refused("SDPA takes no block table")
+        if shape.is_float8:
+            raise Refused("SDPA takes no float8 caches under wider queries")
         if folded and (shape.group_size == 1 or shape.seqlen_q > 1):
             raise Refused("there is no group, or several queries, to fold into rows")
         mask = _sdpa_mask(case, folded, is_flash)
@@ -167,6 +170,8 @@ class Pages:
 
 def as_pages(case):
     shape = case.shape
+    if shape.latent_dim or shape.is_float8:
+        raise Refused("called here for caches of q's dtype, K and V apart")
     page_size = shape.page_size
     if page_size is None:
         page_size = next((size for size in (64, 32, 16) if shape.capacity % size == 0), None)
@@ -363,7 +368,7 @@ def try_call(implementation, case):
                 torch.cuda.synchronize()
         except Exception as error:  # whatever a library raises is its reason
             return None, reason_of(error, caught)
-    return prepared, out.reshape(case.sets[0].q.shape)
+    return prepared, out.reshape(*case.sets[0].q.shape[:3], case.shape.head_dim_v)
 
 
 def reason_of(error, caught=()):

@@ -27,7 +27,7 @@ class Row:
     page_size: int  # 0: contiguous
     longest: int  # tokens of the longest sequence
     tokens: int  # of all sequences
-    mib: float  # of visible K and V rows
+    mib: float  # of visible K and V rows, each once
     implementation: str
     run: int
     us: Optional[float] = None  # median; none where it was not measured

@@ -2,17 +2,18 @@
 
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
-ELEMENT_BYTES = 2  # fp16 and bf16
+ELEMENT_BYTES = 2  # fp16 and bf16: of q, and of caches that are not float8
 MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
 class Shape:
     """One batch of decoding. `layout` names the order in memory of a contiguous cache: bshd is
-    `[B, S, Hkv, D]`, bhsd is `[B, Hkv, S, D]`; a paged one is `[num_pages, page_size, Hkv, D]`."""
+    `[B, S, Hkv, D]`, bhsd is `[B, Hkv, S, D]`; a paged one is `[num_pages, page_size, Hkv, D]`. Of
+    multi-head latent attention, the values are the first `latent_dim` columns of the keys."""
 
     heads_q: int
     heads_kv: int
@@ -22,6 +23,22 @@ class Shape:
     seqlen_q: int = 1
     layout: str = "bshd"
     page_size: Optional[int] = None
+    latent_dim: Optional[int] = None
+    is_float8: bool = False
+
+    @property
+    def head_dim_v(self):
+        return self.latent_dim or self.head_dim
+
+    @property
+    def cache_bytes(self):
+        """Of an element of the caches."""
+        return 1 if self.is_float8 else ELEMENT_BYTES
+
+    @property
+    def num_caches(self):
+        """In memory: K and V, or K with V in it."""
+        return 1 if self.latent_dim else 2
 
     @property
     def batch(self):
@@ -51,6 +68,7 @@ class Shape:
         than the same bytes in the order of memory."""
         contiguous = self.page_size is None and not self.is_ragged
         short = self.heads_kv > 1 and self.head_dim * ELEMENT_BYTES <= 128
+        short = short and not self.is_float8  # the floor of rows reads none
         return contiguous and short and self.layout == "bshd"
 
     @property
@@ -60,17 +78,17 @@ class Shape:
 
     @property
     def visible_elements(self):
-        """Elements of the K rows that the queries see; as many of V."""
+        """Elements of the K rows that the queries see; as many of V's."""
         return sum(self.lengths) * self.heads_kv * self.head_dim
 
     @property
     def visible_bytes(self):
         """Bytes of the K and V rows that the queries see, each once."""
-        return 2 * ELEMENT_BYTES * self.visible_elements
+        return self.num_caches * self.cache_bytes * self.visible_elements
 
     @property
     def cache_elements(self):
-        """Elements that the K cache is allocated with; as many for V."""
+        """Elements that the K cache is allocated with; as many for V if it is apart."""
         rows = self.pages * self.page_size if self.page_size else self.batch * self.capacity
         return rows * self.heads_kv * self.head_dim
 
@@ -215,6 +233,37 @@ def spec():
     ]
 
 
+def latent():
+    """Multi-head latent attention as DeepSeek's models have it: all 128 heads, or a GPU's part."""
+    shapes = [
+        Shape(heads, 1, 576, (tokens,) * batch, latent_dim=512, page_size=page_size,
+              name=f"b{batch} {heads}/1 D576/512 s{tokens}"
+              + (f" page {page_size}" if page_size else ""))
+        for heads in (16, 64, 128)
+        for batch, tokens, page_size in ((1, 8192, None), (1, 131072, None), (16, 8192, None),
+                                         (16, 8192, 64), (128, 4096, 64))
+    ]  # fmt: skip
+    lengths = between(64, 100, 16384)
+    name = "b64 16/1 D576/512 100 to 16384 page 64"
+    return [*shapes, Shape(16, 1, 576, lengths, name, page_size=64, latent_dim=512)]
+
+
+def float8():
+    """Caches of half the bytes."""
+    shapes = [
+        uniform(1, 32, 8, 128, 4096),
+        uniform(1, 32, 8, 128, 65536),
+        uniform(16, 32, 8, 128, 4096),
+        uniform(16, 32, 32, 128, 4096),
+        uniform(8, 64, 8, 128, 16384),
+        uniform(64, 32, 8, 128, 2048, seqlen_q=4),
+        uniform(16, 16, 8, 256, 8192),
+        Shape(32, 8, 128, between(32, 100, 16384), "b32 32/8 D128 100 to 16384 page 16",
+              page_size=16),
+    ]  # fmt: skip
+    return [replace(shape, is_float8=True, name=f"{shape.name} float8") for shape in shapes]
+
+
 def versions():
     """The few shapes by which versions of the kernel are compared: bench/VERSIONS.md."""
     return [
@@ -238,11 +287,13 @@ def tiny():
         uniform(1, 4, 2, 64, 96, seqlen_q=2),
         Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96"),
         Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96 page 16", page_size=16),
+        Shape(4, 1, 576, (96, 40), "b2 4/1 D576/512 40 to 96", latent_dim=512),
+        Shape(4, 2, 64, (96, 40), "b2 4/2 D64 40 to 96 float8", is_float8=True),
     ]
 
 
 MAIN_SETS = {"seed": seed, "gqa": gqa, "ragged": ragged, "paged": paged, "spec": spec}
-SETS = {**MAIN_SETS, "versions": versions, "tiny": tiny}
+SETS = {**MAIN_SETS, "latent": latent, "float8": float8, "versions": versions, "tiny": tiny}
 
 
 def shapes_of(names):

@@ -105,6 +105,9 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
   p.v_seq_stride = a.v_cache.stride(1);
   p.v_head_stride = a.v_cache.stride(2);
   p.v_dim_stride = a.v_cache.stride(3);
+  p.values_in_keys = p.v == p.k && p.head_dim_v <= p.head_dim &&
+                     p.v_batch_stride == p.k_batch_stride && p.v_seq_stride == p.k_seq_stride &&
+                     p.v_head_stride == p.k_head_stride && p.v_dim_stride == p.k_dim_stride;
   p.block_table = int_data(a.block_table);
   if (a.block_table) {
     p.block_table_batch_stride = a.block_table->stride(0);
@@ -228,9 +231,10 @@ Items items_of(const DecodeParams& p) {
   Problem problem = p.problem;
   problem.cache_seqlens = nullptr;
   const int tiles = tiles_per_head(problem, load_sequence(problem, 0, 0));
+  const int64_t token_bytes = int64_t{p.head_dim + (p.values_in_keys ? 0 : p.head_dim_v)} *
+                              (is_float8(p.cache_type) ? 1 : 2);
   return {num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
-          static_cast<double>(int64_t{p.head_dim + p.head_dim_v} * (is_float8(p.cache_type) ? 1 : 2)
-                              << problem.tile_tokens_log2),
+          static_cast<double>(token_bytes << problem.tile_tokens_log2),
           static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
 }
 

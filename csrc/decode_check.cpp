@@ -4,10 +4,10 @@
 #include <cmath>
 #include <vector>
 
+#include "schedule.h"
+
 namespace leanattn {
 namespace {
-
-constexpr int64_t kMaxHeadDim = 256;
 
 void check_dtypes(const Checker& check, const DecodeArguments& a) {
   const ScalarType type = a.q.scalar_type();
@@ -41,12 +41,13 @@ void check_devices(const Checker& check, const DecodeArguments& a) {
   optional(a.counters, "counters");
 }
 
-void check_head_dim(const Checker& check, const char* name, int64_t head_dim, int64_t grain) {
-  check.require(head_dim <= kMaxHeadDim, name, "has head dim ", head_dim,
-                ", which is not supported yet; allowed are multiples of ", grain, " from ", grain,
-                " to ", kMaxHeadDim);
+void check_head_dim(const Checker& check, const char* name, int64_t head_dim, int64_t grain,
+                    int64_t largest) {
+  check.require(head_dim <= largest, name, "has head dim ", head_dim,
+                ", which is not supported; allowed are multiples of ", grain, " from ", grain,
+                " to ", largest);
   check.require(head_dim >= grain && head_dim % grain == 0, name, "has head dim ", head_dim,
-                "; allowed are multiples of ", grain, " from ", grain, " to ", kMaxHeadDim,
+                "; allowed are multiples of ", grain, " from ", grain, " to ", largest,
                 grain > 8 ? " with Float8 caches" : "");
 }
 
@@ -86,8 +87,8 @@ void check_shapes(const Checker& check, const DecodeArguments& a) {
   const int64_t head_dim = a.q.size(q_dims - 1);
   const int64_t head_dim_v = a.v_cache.size(3);
   const int64_t grain = is_fp8(a.k_cache) ? 16 : 8;
-  check_head_dim(check, "q", head_dim, grain);
-  check_head_dim(check, "v_cache", head_dim_v, grain);
+  check_head_dim(check, "q", head_dim, grain, kMaxHeadDim);
+  check_head_dim(check, "v_cache", head_dim_v, grain, kMaxHeadDimV);
   if (!a.cu_seqlens_q) {
     check.require(a.q.size(0) == batch, "q", "must have ",
                   a.block_table ? "block_table's" : "k_cache's", " batch, ", batch, ", got ",

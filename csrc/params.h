@@ -49,6 +49,7 @@ struct DecodeParams {
   int64_t k_batch_stride, k_seq_stride, k_head_stride, k_dim_stride;
   const void* v;  // [B, S, Hkv, Dv], or paged [num_pages, page_size, Hkv, Dv]
   int64_t v_batch_stride, v_seq_stride, v_head_stride, v_dim_stride;
+  bool values_in_keys;  // v is k's first Dv columns
   // The page of each page_size tokens of a sequence, or null: contiguous caches. Entries of pages
   // that no query sees are never read. The caches' batch strides are strides of pages.
   const int32_t* block_table;  // [B, max_pages]
@@ -82,8 +83,8 @@ struct DecodeParams {
   bool counter_per_item;         // one counter an item instead of one a unit
 };
 
-// The head dim that the kernel for a call is compiled for; D and Dv are padded to it. Rows of K and V
-// have at least 128 bytes there.
+// The head dim that the kernel for a call is compiled for; D is padded to it, and Dv to
+// padded_head_dim_v of it. Rows of K and V have at least 128 bytes there.
 LEANATTN_HD int kernel_head_dim(const DecodeParams& p) {
   const int padded = padded_head_dim(max_of(p.head_dim, p.head_dim_v));
   return is_float8(p.cache_type) ? max_of(padded, 128) : padded;

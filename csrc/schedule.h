@@ -35,11 +35,21 @@ namespace leanattn {
 
 // Tokens a tile; by head dim alone (the larger of K's and V's), so that the cut points of a sequence
 // depend on nothing else.
-LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) { return head_dim <= 128 ? 7 : 6; }
+LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) {
+  return head_dim <= 128 ? 7 : head_dim <= 256 ? 6 : 5;
+}
 
-// Head dims are padded to one that kernels exist for.
+// The largest D and Dv. Those beyond 256 are for multi-head latent attention, whose keys are its values
+// and 64 columns more.
+constexpr int kMaxHeadDim = 576;
+constexpr int kMaxHeadDimV = 512;
+
+// Head dims are padded to one that kernels exist for; where that is kMaxHeadDim, Dv to kMaxHeadDimV.
 LEANATTN_HD constexpr int padded_head_dim(int head_dim) {
-  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : head_dim <= 256 ? 256 : kMaxHeadDim;
+}
+LEANATTN_HD constexpr int padded_head_dim_v(int padded_head_dim) {
+  return padded_head_dim < kMaxHeadDimV ? padded_head_dim : kMaxHeadDimV;
 }
 
 // Less than INT32_MAX, which stands for the end of a share that is not counted in tiles.

@@ -47,7 +47,7 @@ inline WorkspacePlan plan_workspace(const DecodeParams& p, bool owns_counters, b
   }
   // The CPU has a stack of its own. Half as many levels as nodes, and one of two slots a unit.
   if (p.batch_invariant && on_cuda) {
-    const int quads = kernel_head_dim(p) / 4;
+    const int quads = padded_head_dim_v(kernel_head_dim(p)) / 4;
     plan.fold_states = rows / 4 * quads * int64_t{sizeof(SoftmaxState<4>)};
   }
   return plan;

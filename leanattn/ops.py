@@ -44,13 +44,14 @@ def decode(
 
     Args:
         q: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one query a sequence; `[total_q, Hq, D]` with
-            cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 256.
+            cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 576.
         k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`; q's dtype,
             or float8_e4m3fn or float8_e5m2 (D a multiple of 16 then) under float16 and bfloat16.
             Hq is a multiple of Hkv. Any strides (on CUDA: the last dimension contiguous, pointers
             and strides multiples of 16 bytes, of 8 with float8), any page_size >= 1.
         v_cache: `[B, S, Hkv, Dv]` or `[num_pages, page_size, Hkv, Dv]`, likewise; Dv may differ
-            from D, its dtype not from k_cache's.
+            from D, up to 512, its dtype not from k_cache's. With head dims beyond 256, of
+            multi-head latent attention, a view of k_cache's first Dv columns is read once.
         cache_seqlens: `[B]` int32, valid tokens of each sequence, the queries' own included;
             None: all S, or all max_pages * page_size. Clamped to that on the device.
         block_table: `[B, max_pages]` int32, any strides: the page of each page_size tokens of a

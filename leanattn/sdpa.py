@@ -15,7 +15,7 @@ _ops = torch.ops.leanattn
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention
 
 MAX_QUERIES = 16  # beyond, a call is a prefill: bound by arithmetic, which SDPA is made for
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM, MAX_HEAD_DIM_V = 576, 512
 MIN_CAPABILITY = (8, 0)
 
 _HAS_CUDA_KERNELS = _ops.build_info().split(";")[1] != "cpu"
@@ -135,9 +135,9 @@ def unsupported(query, key, value):
         return "a tensor is empty"
     if query.shape[1] % key.shape[1]:
         return "query's heads are no multiple of key's"
-    for size in (query.shape[3], value.shape[3]):
-        if size % 8 or size > MAX_HEAD_DIM:
-            return "a head dim is no multiple of 8 up to 256"
+    for size, largest in ((query.shape[3], MAX_HEAD_DIM), (value.shape[3], MAX_HEAD_DIM_V)):
+        if size % 8 or size > largest:
+            return "a head dim is no multiple of 8 up to 576 (value's: 512)"
     if device == "cuda":
         for tensor in (query, key, value):
             # In 2-byte elements: the op wants pointers and strides in multiples of 16 bytes.

@@ -24,13 +24,14 @@ def offsets(query_lengths, device):
 def make_case(
     device, dtype, *, heads=(4, 2), dims=(64, 64), lengths=(5, 200, 77), batch=None, capacity=None,
     seqlen_q=1, query_lengths=None, mean=0.0, scale_q=1.0, alibi=None, sinks=False, seed=1,
-    poison=torch.nan, cache_dtype=None, scales=None, **options,
+    poison=torch.nan, cache_dtype=None, scales=None, values_in_keys=False, **options,
 ):  # fmt: skip
     """Random inputs; every key that no query of its sequence may see holds `poison`.
 
     `seqlen_q=None` gives q without that dimension, `query_lengths` ragged queries, `lengths=None`
     no cache_seqlens. `alibi` is None, "heads" or "batch". `cache_dtype` is a float8, with `scales`
-    None, "one", "heads" or "batch".
+    None, "one", "heads" or "batch". With `values_in_keys` v_cache is a view of k_cache's first
+    columns.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -54,6 +55,8 @@ def make_case(
     case["q"] *= scale_q
     case["k_cache"] = normal(batch, capacity, heads_kv, dim)
     case["v_cache"] = normal(batch, capacity, heads_kv, dim_v)
+    if values_in_keys:
+        case["v_cache"] = case["k_cache"][..., :dim_v]
     if lengths is not None:
         case["cache_seqlens"] = int32(list(lengths), device)
     if alibi is not None:
@@ -69,6 +72,8 @@ def make_case(
     if cache_dtype is not None:
         case["k_cache"] = case["k_cache"].to(cache_dtype)
         case["v_cache"] = case["v_cache"].to(cache_dtype)
+        if values_in_keys:
+            case["v_cache"] = case["k_cache"][..., :dim_v]
     return case
 
 

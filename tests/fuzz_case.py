@@ -102,6 +102,9 @@ def draw(seed, index, device="cpu"):
     heads_kv = rng.choice([1, 1, 2, 2, 3, 4, 8] if group_size < 64 else [1, 1, 2])
     dim = rng.choice([64, 64, 128, 128, 8 * rng.randint(1, 32)])
     dim_v = 8 * rng.randint(1, 32) if likely(0.25) else dim
+    if likely(0.08):
+        any_wide = (8 * rng.randint(1, 72), 8 * rng.randint(33, 64))
+        dim, dim_v = rng.choice([(576, 512), (512, 512), any_wide])
     cache_dtype, scales = None, None
     if dtype != "fp32" and likely(0.3):
         cache_dtype, scales = rng.choice(list(FLOAT8)), rng.choice([None, "one", "heads", "batch"])
@@ -269,7 +272,7 @@ def draw_cache_layouts(rng, device, dim, dim_v):
     packing = rng.choice(["separate"] * 4 + ["one row"])
     if dim == dim_v:
         packing = rng.choice([packing, packing, "neighbour heads", "heads in turn"])
-    if dim_v <= dim and rng.random() < 0.06:
+    if dim_v <= dim and rng.random() < (0.06 if dim <= 256 else 0.5):
         packing = "V in K"
     k_layout = draw_layout(rng, device, 4, expand=packing == "separate")
     v_layout = draw_layout(rng, device, 4) if rng.random() < 0.5 else k_layout

@@ -39,6 +39,9 @@ def empty_pages(k, v, num_pages, page_size, layout="plain"):
             ]
 
         return middle(dim), middle(dim_v)
+    if layout == "values-in-keys":  # of multi-head latent attention
+        k_pages = memory(num_pages, page_size, heads, dim)
+        return k_pages, k_pages[..., :dim_v]
     assert dim == dim_v, "K and V in one tensor have one head dim"
     if layout == "k-beside-v":  # [num_pages, 2, page_size, Hkv, D]
         return memory(num_pages, 2, page_size, heads, dim).unbind(1)

@@ -62,6 +62,9 @@ def test_bytes_by_hand():
     paged = replace(shape, page_size=4)
     assert paged.pages == 1 + 3 and paged.cache_elements == 4 * 4 * 2 * 64
     assert paged.visible_bytes == shape.visible_bytes
+    latent = replace(shape, latent_dim=32)
+    assert latent.visible_bytes == shape.visible_bytes // 2 and latent.head_dim_v == 32
+    assert replace(shape, is_float8=True).visible_bytes == shape.visible_bytes // 2
 
 
 def test_short_rows_are_those_of_64_elements_between_other_heads():
@@ -93,8 +96,8 @@ def test_all_stands_for_the_main_sets():
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def cases():
-    pool = data.Pool(shapes.tiny(), torch.float32, CPU, 1 << 26)
+def cases(dtype=torch.float32):
+    pool = data.Pool(shapes.tiny(), dtype, CPU, 1 << 26)
     return [pool.case(shape) for shape in shapes.tiny()]
 
 
@@ -103,7 +106,7 @@ def test_input_sets_share_no_memory():
         spans = sorted(
             (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
             for inputs in case.sets
-            for t in (inputs.q, inputs.k_cache, inputs.v_cache)
+            for t in (inputs.q, inputs.k_cache, inputs.v_cache)[: 1 + case.shape.num_caches]
         )
         assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
@@ -112,7 +115,7 @@ def test_the_floor_reads_what_is_visible():
     for case in cases():
         for inputs in case.sets:
             read = inputs.k_visible.numel() + inputs.v_visible.numel()
-            assert read == case.shape.visible_bytes // shapes.ELEMENT_BYTES
+            assert read == case.shape.visible_bytes // case.shape.cache_bytes
             assert inputs.k_visible.data_ptr() == inputs.k_cache.data_ptr()
 
 
@@ -136,12 +139,12 @@ def test_the_truth_is_sdpa():
     for case in cases():
         shape, inputs = case.shape, case.sets[0]
         expected = data.truth(case)
-        out = torch.empty_like(inputs.q)
+        out = inputs.q.new_empty(*inputs.q.shape[:3], shape.head_dim_v)
         for seq, length in enumerate(shape.lengths):
             k, v = (data._sequence(case, c, seq) for c in (inputs.k_cache, inputs.v_cache))
             mask = torch.ones(shape.seqlen_q, length).tril(length - shape.seqlen_q).bool()
             out[seq] = torch.nn.functional.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in (inputs.q[seq], k, v)), mask, enable_gqa=True
+                *(x.float().transpose(0, 1) for x in (inputs.q[seq], k, v)), mask, enable_gqa=True
             ).transpose(0, 1)
         assert expected.error(out) < 1e-5
         out[0, 0, 0] *= 1.5
@@ -154,7 +157,7 @@ def test_the_truth_is_sdpa():
 def test_what_runs_on_the_cpu_is_right():
     """Each answer or a reason; ours and SDPA's general backend answer all contiguous shapes."""
     answered = {}
-    for case in cases():
+    for case in cases(torch.bfloat16):
         expected = data.truth(case)
         for implementation in IMPLEMENTATIONS:
             if implementation.name.startswith(("flashinfer", "fa")):
@@ -165,9 +168,11 @@ def test_what_runs_on_the_cpu_is_right():
             else:
                 assert expected.error(out) < data.TOLERANCE, implementation.name
                 answered.setdefault(implementation.name, set()).add(case.shape.name)
-    contiguous = {shape.name for shape in shapes.tiny() if not shape.page_size}
-    for name in ("leanattn", "leanattn-no_counters", "math"):
-        assert answered[name] >= contiguous
+    for name in ("leanattn", "leanattn-no_counters"):
+        assert answered[name] == {shape.name for shape in shapes.tiny()}
+    assert answered["math"] >= {
+        s.name for s in shapes.tiny() if not s.page_size and not s.is_float8
+    }
 
 
 def test_pages_hold_what_the_sequences_hold():
@@ -175,6 +180,10 @@ def test_pages_hold_what_the_sequences_hold():
     for case in cases():
         if case.shape.layout == "bhsd":
             with pytest.raises(Refused, match="takes pages only"):
+                as_pages(case)
+            continue
+        if case.shape.latent_dim or case.shape.is_float8:
+            with pytest.raises(Refused, match="K and V apart"):
                 as_pages(case)
             continue
         pages, cache = as_pages(case), case.sets[0].k_cache

@@ -24,6 +24,8 @@ LAYOUTS = {  # units, items a team takes, units a team, cluster
     "clusters-of-2": (None, 1, 2, True),
     "clusters-of-5": (None, 1, 5, True),
 }
+# Multi-head latent attention.
+LATENT = dict(heads=(16, 1), dims=(576, 512), values_in_keys=True)
 # rows an item, whether by wgmma, options
 CASES = {
     "ragged": (8, False, dict(lengths=(300, 5, 0, 700))),
@@ -39,6 +41,10 @@ CASES = {
     "wgmma-128-rows": (128, True, dict(lengths=(300, 200), heads=(71, 1))),
     "wgmma-two-row-blocks": (64, True, dict(lengths=(300,), heads=(71, 1))),
     "wgmma-head-dim-192": (64, True, dict(lengths=(300, 90), heads=(40, 1), dims=(256, 192))),
+    "wide": (16, False, dict(lengths=(200, 0, 45), heads=(20, 2), dims=(512, 264))),
+    "wgmma-wide": (64, True, dict(lengths=(150, 45), heads=(20, 1), dims=(264, 512))),
+    "latent": (16, False, dict(LATENT, lengths=(200, 45), window_left=70, seqlen_q=3)),
+    "wgmma-latent": (64, True, dict(LATENT, lengths=(150, 45), window_left=70, seqlen_q=3)),
 }
 PAGE_SIZES = [1, 3, 8, 24, 64, 100, 256]
 
@@ -103,6 +109,8 @@ def test_layout(name, layout, tma, emulate):
         (128, True, (35, 1), (64, 64)),
         (32, True, (20, 2), (128, 128)),
         (64, True, (18, 1), (256, 256)),
+        (16, False, (5, 1), (576, 512)),
+        (64, True, (12, 1), (576, 512)),
     ],
 )
 @pytest.mark.parametrize("units", [1, 3])
@@ -155,7 +163,18 @@ def test_pages(page_size, layout, emulate):
         hold(emulate(paged, 8, LAYOUTS[layout], tma=tma), case)
 
 
-@pytest.mark.parametrize("group_size, rows, dim", [(1, 8, 64), (12, 16, 64), (3, 8, 256)])
+@pytest.mark.parametrize("rows, wgmma", [(16, False), (64, True)])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_latent_pages(page_size, rows, wgmma, emulate):
+    case = make_case("cpu", torch.float16, lengths=(150, 5, 0, 77), **LATENT)
+    paged = paginate(case, page_size, layout="values-in-keys")
+    for tma in {False, page_size % 8 == 0}:
+        hold(emulate(paged, rows, LAYOUTS["stream-k-3"], tma=tma, wgmma=wgmma), case)
+
+
+@pytest.mark.parametrize(
+    "group_size, rows, dim", [(1, 8, 64), (12, 16, 64), (3, 8, 256), (3, 16, 512)]
+)
 def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim, emulate):
     for options in (dict(lengths=None, batch=1, capacity=1100), dict(lengths=(900, 133))):
         case = make_case(
@@ -185,6 +204,7 @@ FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
         (8, (5, 1), (112, 16)),
         (32, (20, 1), (128, 96)),
         (16, (13, 1), (256, 144)),
+        (16, (13, 1), (576, 512)),
     ],
 )
 def test_float8(rows, heads, dims, cache, dtype, tma, emulate):
@@ -295,6 +315,8 @@ def random_call(seed):
             (64, True, (40, 64)),
             (128, True, (64, 24)),
             (64, True, (256, 136)),
+            (16, False, (576, 512)),
+            (64, True, (576, 512)),
         ]
     )
     heads_kv, group_size = random.choice([1, 2, 3]), random.choice([1, 2, 3, 7, 8, 12, 20])
@@ -302,6 +324,7 @@ def random_call(seed):
         group_size = random.choice([5, 20, 33, 50])
     batch = random.choice([1, 1, 2, 3, 6])
     options = dict(heads=(group_size * heads_kv, heads_kv), dims=dims, seed=seed, seqlen_q=1)
+    options["values_in_keys"] = dims == (576, 512) and random.random() < 0.7
     ragged_queries = random.random() < 0.15
     if ragged_queries:
         options["query_lengths"] = tuple(random.choice([1, 0, 2, 5]) for _ in range(batch - 1))
@@ -319,7 +342,8 @@ def random_call(seed):
     call = dict(case)
     page_size = random.choice([1, 3, 8, 24, 64, 128, 256])
     if options["lengths"] and max(lengths) > 0 and random.random() < 0.4:
-        call = paginate(case, page_size)
+        layout = "values-in-keys" if options["values_in_keys"] else "plain"
+        call = paginate(case, page_size, layout=layout)
     call["batch_invariant"] = rows <= 16 and random.random() < 0.3
     kinds = ["stream-k"] if ragged_queries else ["stream-k", "whole", "teams", "clusters"]
     kind = random.choice(kinds[:3] if call["batch_invariant"] else kinds)

@@ -41,7 +41,7 @@ def watch(build_emulated):
     return watch
 
 
-@pytest.mark.parametrize("group", ["mma", "float8", "wgmma", "tree", "pages"])
+@pytest.mark.parametrize("group", ["mma", "float8", "wgmma", "tree", "wide", "pages"])
 def test_no_race(group, watch):
     status, output = watch(group)
     assert status == 0, output[:5000]

@@ -141,6 +141,7 @@ def test_census(units, device, dtype, force_units):
     check(census_case(device, dtype, lengths))
     check(census_case(device, dtype, lengths, seqlen_q=3))
     check(census_case(device, dtype, lengths, dims=(256, 256), heads=(3, 1)))
+    check(census_case(device, dtype, lengths, dims=(576, 512), heads=(3, 1)))
 
 
 @pytest.mark.parametrize(

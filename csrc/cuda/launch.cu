@@ -176,18 +176,34 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
   }
 }
 
+// Up to 16 rows cost the same there, whatever their number.
+template <class Element, class CacheElement, class Visit>
+void dispatch_wide(const KernelKey& key, Visit visit) {
+  const auto with = [&]<int kRows, Kind kKind>() {
+    if (key.rows != kRows || key.kind != kKind) return;
+    visit.template operator()<DecodeTraits<Element, kMaxHeadDim, kRows, kKind, CacheElement>>();
+  };
+  with.template operator()<16, Kind::kMma>();
+  with.template operator()<16, Kind::kTree>();
+  if constexpr (!std::is_same_v<CacheElement, Float8>) {
+    with.template operator()<64, Kind::kWgmma>();
+  }
+}
+
 template <class Element, class Visit>
 void dispatch_head_dim(const KernelKey& key, Visit visit) {
   if (key.head_dim <= 64) return dispatch_rows<Element, 64, Element>(key, visit);
   if (key.head_dim <= 128) return dispatch_rows<Element, 128, Element>(key, visit);
-  return dispatch_rows<Element, 256, Element>(key, visit);
+  if (key.head_dim <= 256) return dispatch_rows<Element, 256, Element>(key, visit);
+  return dispatch_wide<Element, Element>(key, visit);
 }
 
 template <class Visit>
 void dispatch(const KernelKey& key, Visit visit) {
   if (key.float8) {
     if (key.head_dim <= 128) return dispatch_rows<__half, 128, Float8>(key, visit);
-    return dispatch_rows<__half, 256, Float8>(key, visit);
+    if (key.head_dim <= 256) return dispatch_rows<__half, 256, Float8>(key, visit);
+    return dispatch_wide<__half, Float8>(key, visit);
   }
   if (key.type == ElementType::kFloat16) return dispatch_head_dim<__half>(key, visit);
   return dispatch_head_dim<__nv_bfloat16>(key, visit);
@@ -240,7 +256,7 @@ int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
     dispatch(make_key(params, candidate, device), [&]<class Traits>() {
       fits = setup_kernel<Traits>(device).num_stages >= Traits::kFewestStages;
     });
-    if (!fits) break;
+    if (!fits) continue;  // or there is no such kernel
     fit = candidate;
     if (rows <= candidate) break;
   }
@@ -258,7 +274,7 @@ Machine machine_for(const DecodeParams& params, int device) {
 
 void warm_up(int device) {
   for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
-    for (const int head_dim : {64, 128, 256}) {
+    for (const int head_dim : {64, 128, 256, kMaxHeadDim}) {
       for (const int rows : kRowCounts) {
         for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
           if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;

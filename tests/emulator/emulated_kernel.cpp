@@ -31,7 +31,9 @@ using Floats = py::array_t<float, py::array::c_style>;
 // Of a cache, [B, S, Hkv, D] or paged; any strides but of D.
 CUtensorMap make_map(const py::array& cache, int box_rows) {
   const auto extent = [&](int i) { return static_cast<int64_t>(cache.shape(i)); };
-  const auto stride = [&](int i) { return static_cast<int64_t>(cache.strides(i) / cache.itemsize()); };
+  const auto stride = [&](int i) {
+    return static_cast<int64_t>(cache.strides(i) / cache.itemsize());
+  };
   emulator::TensorMap map{static_cast<const uint8_t*>(cache.data()),
                           static_cast<int>(cache.itemsize()),
                           {extent(3), extent(1), extent(2), extent(0)},
@@ -58,11 +60,11 @@ void launch(const DecodeParams& params, const TensorMaps& maps, int stages, int 
 // zero again.
 py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf16, bool e5m2,
                  std::optional<Floats> k_scale, std::optional<Floats> v_scale,
-                 std::optional<Ints> cache_seqlens,
-                 std::optional<Ints> block_table, std::optional<Ints> cu_seqlens_q, int window_left,
-                 int window_right, float scale, int rows, int num_units, int items_per_team,
-                 int team_size, bool clustered, int slack_tiles, bool batch_invariant, bool tma,
-                 int stages, bool wgmma, int seed) {
+                 std::optional<Ints> cache_seqlens, std::optional<Ints> block_table,
+                 std::optional<Ints> cu_seqlens_q, int window_left, int window_right, float scale,
+                 int rows, int num_units, int items_per_team, int team_size, bool clustered,
+                 int slack_tiles, bool batch_invariant, bool tma, int stages, bool wgmma,
+                 int seed) {
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
@@ -110,6 +112,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   p.v_head_stride = v.strides(2) / v.itemsize();
   p.v_seq_stride = v.strides(1) / v.itemsize();
   p.v_batch_stride = v.strides(0) / v.itemsize();
+  p.values_in_keys = p.v == p.k && p.head_dim_v <= p.head_dim;
   if (block_table) {
     p.block_table = block_table->data();
     p.block_table_batch_stride = block_table->shape(1);
@@ -136,9 +139,10 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   p.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
   const int64_t partial_rows = int64_t{num_units} * 2 * p.max_nodes * rows;
   const int padded = kernel_head_dim(p);
+  const int padded_v = padded_head_dim_v(padded);
   const float nan = std::numeric_limits<float>::quiet_NaN();
   std::vector<float> partial_o(partial_rows * p.head_dim_v, nan), stats(partial_rows * 2, nan);
-  std::vector<SoftmaxState<4>> fold(partial_rows / 4 * padded / 4 + 1);
+  std::vector<SoftmaxState<4>> fold(partial_rows / 4 * padded_v / 4 + 1);
   p.partial_o = partial_o.data();
   p.partial_stats = stats.data();
   p.fold_states = fold.data();
@@ -165,7 +169,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
     const bool of_float8 = std::is_same_v<CacheElement, Float8>;
     if (padded != kHeadDim || rows != kRows || kind != kKind || float8 != of_float8) return;
     launch<DecodeTraits<__half, kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels,
-                                                                      seed);
+                                                                       seed);
     found = true;
   };
   with.template operator()<64, 8, Kind::kMma>();
@@ -183,6 +187,10 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   with.template operator()<128, 32, Kind::kMma, Float8>();
   with.template operator()<256, 16, Kind::kMma, Float8>();
   with.template operator()<128, 8, Kind::kTree, Float8>();
+  with.template operator()<576, 16, Kind::kMma>();
+  with.template operator()<576, 16, Kind::kTree>();
+  with.template operator()<576, 64, Kind::kWgmma>();
+  with.template operator()<576, 16, Kind::kMma, Float8>();
   if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
   for (const int32_t counter : counters) {
     if (counter != 0) throw std::logic_error("a counter is left at " + std::to_string(counter));
@@ -198,10 +206,9 @@ PYBIND11_MODULE(emulated_kernel, m) {
 #endif
   m.def("decode", &decode, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("bf16") = false, py::arg("e5m2") = false, py::arg("k_scale") = py::none(),
-        py::arg("v_scale") = py::none(),
-        py::arg("cache_seqlens"), py::arg("block_table"), py::arg("cu_seqlens_q"),
-        py::arg("window_left"), py::arg("window_right"), py::arg("scale"), py::arg("rows"),
-        py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"), py::arg("clustered"),
-        py::arg("slack_tiles"), py::arg("batch_invariant"), py::arg("tma"), py::arg("stages"),
-        py::arg("wgmma"), py::arg("seed"));
+        py::arg("v_scale") = py::none(), py::arg("cache_seqlens"), py::arg("block_table"),
+        py::arg("cu_seqlens_q"), py::arg("window_left"), py::arg("window_right"), py::arg("scale"),
+        py::arg("rows"), py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
+        py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"), py::arg("tma"),
+        py::arg("stages"), py::arg("wgmma"), py::arg("seed"));
 }

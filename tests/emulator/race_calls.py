@@ -25,8 +25,9 @@ def normal(*shape):
 
 
 def decode(
-    module, layout, rows, dim, heads=(4, 2), seqlen_q=1, page_size=None, float8=False, **options
-):
+    module, layout, rows, dim, heads=(4, 2), seqlen_q=1, page_size=None, float8=False, latent=False,
+    **options,
+):  # fmt: skip
     """Two sequences of 300 and 150 tokens, or for teams both of 300."""
     lengths = None if layout[1] else np.array([300, 150], np.int32)
     caches = [normal(2, 300, heads[1], dim) for _ in range(2)]
@@ -37,6 +38,8 @@ def decode(
         table = random.permutation(2 * pages).astype(np.int32).reshape(2, pages)
         lengths = np.array([300, 150], np.int32)
     q, k, v = (x.view(np.uint16) for x in (normal(2, seqlen_q, heads[0], dim), *caches))
+    if dim == 576:
+        v = k[..., :512] if latent else v[..., :512]
     if float8:
         k, v = (x.astype(np.uint8) for x in (k, v))
     settings = dict(wgmma=False, tma=True, batch_invariant=False, window_left=-1, window_right=0)
@@ -78,6 +81,13 @@ def tree(module):
     decode(module, STREAM_K[1], 16, 64, heads=(20, 2), batch_invariant=True)
 
 
+def wide(module):
+    decode(module, STREAM_K[1], 16, 576, heads=(10, 1), seqlen_q=3, latent=True)
+    decode(module, CLUSTERS[0], 16, 576, heads=(10, 1), tma=False)
+    decode(module, (2, 1, 1, False), 64, 576, heads=(20, 1), wgmma=True, latent=True)
+    decode(module, STREAM_K[1], 64, 576, heads=(20, 1), wgmma=True, tma=False)
+
+
 def pages(module):
     for page_size in (1, 8, 24, 64):
         for layout in STREAM_K:
@@ -90,7 +100,7 @@ def forgotten(module):
 
 
 GROUPS = {
-    "mma": mma, "float8": float8, "wgmma": wgmma, "tree": tree, "pages": pages,
+    "mma": mma, "float8": float8, "wgmma": wgmma, "tree": tree, "wide": wide, "pages": pages,
     "forgotten": forgotten,
 }  # fmt: skip
 

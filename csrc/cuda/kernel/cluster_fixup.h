@@ -38,7 +38,7 @@ __device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int u
   if (num_cuts > 0) {
     const Segment& segment = smem.cuts[0].segment;
     const Participants& units = smem.cuts[0].units;
-    constexpr int kQuads = Traits::kHeadDim / 4;
+    constexpr int kQuads = Traits::kHeadDimV / 4;
     const int num_quads = item_rows(params.problem, segment.sequence, segment.row_block) * kQuads;
     const int step = units.count() * Traits::kConsumerThreads;
     for (int i = (unit - units.first) * Traits::kConsumerThreads + threadIdx.x; i < num_quads;

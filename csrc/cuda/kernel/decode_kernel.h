@@ -1,9 +1,11 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
 // the producer warp copies and the consumer warps compute it, segment by segment.
 // Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
-// loaders_paged.h, cache_fragments.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, fixup.h, cluster_fixup.h,
-// tree_fixup.h.
+// loaders_paged.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h,
+// fixup.h, cluster_fixup.h, tree_fixup.h.
 #pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
 
 #include "cluster_fixup.h"
 #include "empty_rows.h"
@@ -27,7 +29,7 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
                                         typename Traits::SharedStorage& smem) {
   using Loop = MainLoopOf<Traits>;
   const typename Loop::Place place(threadIdx.x / 32);
-  Loop main_loop(params, place);
+  Loop main_loop(params, place, smem);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
@@ -66,7 +68,7 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
                                                 typename Traits::SharedStorage& smem) {
   using Loop = MainLoopOf<Traits>;
   const typename Loop::Place place(threadIdx.x / 32);
-  Loop main_loop(params, place);
+  Loop main_loop(params, place, smem);
   const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
@@ -115,6 +117,31 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
   });
 }
 
+// The producer warp's whole life.
+template <class Traits>
+__device__ __forceinline__ void produce_share(const DecodeParams& params, const TensorMaps& maps,
+                                              const Place& place, int unit,
+                                              const Ring<Traits>& ring,
+                                              typename Traits::SharedStorage& smem) {
+  const SegmentWalker walker = make_walker(params, place, unit);
+  const auto produce_with = [&](const auto& loader) {
+    produce(params, maps, walker, loader, ring);
+  };
+  if (params.block_table) {
+    const PageQueue<Traits> pages(params, walker, smem);
+    if (maps.usable) {
+      produce_with(PagedTmaLoader<Traits>(maps, pages));
+    } else {
+      produce_with(PagedCpAsyncLoader<Traits>(pages));
+    }
+  } else if (maps.usable) {
+    produce_with(TmaLoader<Traits>{});
+  } else {
+    produce_with(CpAsyncLoader<Traits>{});
+  }
+  ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
+}
+
 // A CTA's whole life.
 template <class Traits>
 __device__ __forceinline__ void decode_share(const DecodeParams& params, const TensorMaps& maps,
@@ -150,39 +177,50 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   const Place place = locate<Traits>(params, unit, smem);
 
   // The consumers wait for the barriers' initialisation; those who did it do not wait for them.
-  if (warp == Traits::kProducerWarp) {
+  const auto be_producer = [&] {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
-    const SegmentWalker walker = make_walker(params, place, unit);
-    const auto produce_with = [&](const auto& loader) {
-      produce(params, maps, walker, loader, ring);
-    };
-    if (params.block_table) {
-      const PageQueue<Traits> pages(params, walker, smem);
-      if (maps.usable) {
-        produce_with(PagedTmaLoader<Traits>(maps, pages));
-      } else {
-        produce_with(PagedCpAsyncLoader<Traits>(pages));
-      }
-    } else if (maps.usable) {
-      produce_with(TmaLoader<Traits>{});
-    } else {
-      produce_with(CpAsyncLoader<Traits>{});
-    }
-    ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
-  } else if (warp == Traits::kTaskWarp) {
+    produce_share(params, maps, place, unit, ring, smem);
+  };
+  const auto be_task_warp = [&] {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
     SegmentWalker walker = make_walker(params, place, unit);
     for (Segment segment; walker.next(segment);) tasks.push(params, walker.shares(), segment);
     tasks.close();
-  } else {
+  };
+  const auto be_consumer = [&] {
     ptx::bar_sync(kSetupBarrier, Traits::kThreads);
     if constexpr (Traits::kTree) {
       consume_in_tree<Traits>(params, unit, room, ring, tasks, smem);
     } else {
       consume<Traits>(params, place, unit, ring, tasks, smem);
     }
+  };
+
+  if constexpr (Traits::kMovesRegisters) {
+    write_empty_rows<Traits>(params, place, smem);  // now, while all have as many registers
+    if (warp < Traits::kConsumerWarps) {
+      cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+      be_consumer();
+    } else {
+      cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+      if (warp == Traits::kProducerWarp) {
+        be_producer();
+      } else if (warp == Traits::kTaskWarp) {
+        be_task_warp();
+      } else {
+        ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+      }
+    }
+  } else {
+    if (warp == Traits::kProducerWarp) {
+      be_producer();
+    } else if (warp == Traits::kTaskWarp) {
+      be_task_warp();
+    } else {
+      be_consumer();
+    }
+    write_empty_rows<Traits>(params, place, smem);
   }
-  write_empty_rows<Traits>(params, place, smem);
 }
 
 template <class Traits>

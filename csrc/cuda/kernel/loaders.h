@@ -67,6 +67,33 @@ __device__ __forceinline__ void copy_chunk(const Element* from, uint8_t* chunk_s
   }
 }
 
+// A row of a tile by cp.async: a warp copies kRowsAtOnce of them together.
+template <class Traits>
+struct RowCopy {
+  using Element = typename Traits::CacheElement;
+  static constexpr int kChunks = Traits::kColumnBlocks * 8;  // of 16 bytes, a row
+  static constexpr int kLanes = min_of(kChunks, 32);
+  static constexpr int kRowsAtOnce = 32 / kLanes;
+
+  const CacheView<Element>& cache;
+  bool aligned = cache.is_aligned();
+  int first_chunk = threadIdx.x % kLanes;
+
+  // source: the row's first element.
+  __device__ __forceinline__ void copy(const Element* source, uint8_t* stage_smem, int row) const {
+#pragma unroll
+    for (int i = 0; i < ceil_div(kChunks, kLanes); ++i) {
+      const int chunk = first_chunk + i * kLanes;
+      if (chunk >= kChunks) break;
+      // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
+      const int column = chunk * Traits::kChunkColumns;
+      const bool inside = column < cache.head_dim;
+      copy_chunk(source + (inside ? column : 0),
+                 stage_smem + swizzled_offset<Traits::kTile>(row, chunk), inside, aligned);
+    }
+  }
+};
+
 // Rows [first, last) of the tile that starts at token `tile_token` which hold visible keys.
 template <class Traits>
 __device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, int tile_token) {
@@ -121,30 +148,21 @@ struct CpAsyncLoader {
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
-    constexpr int kChunks = Traits::kHeadDim / Traits::kChunkColumns;  // of 16 bytes, a row
-    constexpr int kRowsAtOnce = 32 / kChunks;
-    static_assert(kRowsAtOnce >= 1, "a row is at most one chunk a lane");
+    using Copy = RowCopy<Traits>;
+    const Copy rows_of{cache};
     const int lane = threadIdx.x % 32;
-    const int chunk = lane % kChunks;
-    const int column = chunk * Traits::kChunkColumns;
-    const bool inside = column < cache.head_dim;
-    const bool aligned = cache.is_aligned();
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
-    uint8_t* stage_smem = ring.stage_smem();
-    // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
-    const typename Traits::CacheElement* source = cache.data + segment.seq * cache.batch_stride +
-                                                  segment.head * cache.head_stride +
-                                                  (inside ? column : 0);
+    const auto* source =
+        cache.data + segment.seq * cache.batch_stride + segment.head * cache.head_stride;
 #pragma unroll 4
-    for (int row = rows.begin + lane / kChunks; row < rows.end; row += kRowsAtOnce) {
-      copy_chunk(source + (tile_token + row) * cache.seq_stride,
-                 stage_smem + swizzled_offset<Traits::kTile>(row, chunk), inside, aligned);
+    for (int row = rows.begin + lane / Copy::kLanes; row < rows.end; row += Copy::kRowsAtOnce) {
+      rows_of.copy(source + (tile_token + row) * cache.seq_stride, ring.stage_smem(), row);
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
   }
 };
 
-// The producer warp's whole life: every segment of the unit, K and V of every tile.
+// Every segment of the unit, K and V of every tile, or K alone where V is a part of it.
 template <class Traits, class Loader>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
                                         SegmentWalker walker, Loader loader, Ring<Traits> ring) {
@@ -169,9 +187,11 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
       ring.wait_empty();
       loader.load(k, segment, tile_token, ring);
       ring.advance();
-      ring.wait_empty();
-      loader.load(v, segment, tile_token, ring);
-      ring.advance();
+      if (!values_in_keys<Traits>(params)) {
+        ring.wait_empty();
+        loader.load(v, segment, tile_token, ring);
+        ring.advance();
+      }
       loader.end_tile();
     }
   }

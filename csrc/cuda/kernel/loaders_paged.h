@@ -25,7 +25,7 @@ class PageQueue {
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
     // One group a tile: all but the newest kPageSlots - 1 must land. With the entries of this tile
     // those are copies of K and V of tiles at least kPageSlots ago, which the ring has let go of.
-    static_assert(2 * Traits::kPageSlots >= Traits::kMaxStages);
+    static_assert((Traits::kWide ? 1 : 2) * Traits::kPageSlots >= Traits::kMaxStages);
     cute::cp_async_wait<Traits::kPageSlots - 1>();
     __syncwarp();  // the other lanes' entries have landed too
     first_page_ =
@@ -150,18 +150,11 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
-    constexpr int kChunks = Traits::kHeadDim / Traits::kChunkColumns;  // of 16 bytes, a row
-    constexpr int kRowsAtOnce = 32 / kChunks;
+    using Copy = RowCopy<Traits>;
+    const Copy rows_of{cache};
     const int lane = threadIdx.x % 32;
-    const int chunk = lane % kChunks;
-    const int column = chunk * Traits::kChunkColumns;
-    const bool inside = column < cache.head_dim;
-    const bool aligned = cache.is_aligned();
     const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
-    uint8_t* stage_smem = ring.stage_smem();
-    // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
-    const typename Traits::CacheElement* source =
-        cache.data + segment.head * cache.head_stride + (inside ? column : 0);
+    const auto* source = cache.data + segment.head * cache.head_stride;
 #pragma unroll 1
     for (int group = rows.begin / 32 * 32; group < rows.end; group += 32) {
       int64_t my_offset = 0;
@@ -170,13 +163,10 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
         my_offset = at.page * cache.batch_stride + at.row * cache.seq_stride;
       }
 #pragma unroll 4
-      for (int i = 0; i < 32; i += kRowsAtOnce) {
-        const int row = group + i + lane / kChunks;
-        const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / kChunks);
-        if (rows.contains(row)) {
-          copy_chunk(source + offset, stage_smem + swizzled_offset<Traits::kTile>(row, chunk),
-                     inside, aligned);
-        }
+      for (int i = 0; i < 32; i += Copy::kRowsAtOnce) {
+        const int row = group + i + lane / Copy::kLanes;
+        const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / Copy::kLanes);
+        if (rows.contains(row)) rows_of.copy(source + offset, ring.stage_smem(), row);
       }
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());

@@ -1,8 +1,10 @@
 // The main loop of a consumer warp, by mma: its slice of every tile goes through S^T = K Q^T, the online
-// softmax and O^T += V^T P^T, all in registers. It knows nothing of other warps or CTAs.
+// softmax and O^T += V^T P^T, all in registers. It knows nothing of other CTAs, and of other warps only
+// those that a wide head's D is shared out among.
 #pragma once
 
 #include "cache_fragments.h"
+#include "depth_split.h"
 #include "ring.h"
 #include "scoring.h"
 
@@ -75,10 +77,15 @@ class MainLoop {
   static constexpr int kTokenSteps = Traits::kTokenSteps;
   static constexpr int kRowSteps = Traits::kRowSteps;
   static constexpr int kDimSteps = Traits::kDimSteps;
-  static constexpr int kDepthSteps = Traits::kDepthSteps;
+  static constexpr int kWarpDepthSteps = Traits::kWarpDepthSteps;
 
-  __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place)
-      : scoring_(params), fragments_(params), params_(params), place_(place) {}
+  __device__ __forceinline__ MainLoop(const DecodeParams& params, const WarpPlace<Traits>& place,
+                                      typename Traits::SharedStorage& smem)
+      : scoring_(params),
+        fragments_(params),
+        depth_(place.dim_group, place.slice, smem),
+        params_(params),
+        place_(place) {}
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
@@ -99,8 +106,9 @@ class MainLoop {
     }
     if constexpr (Traits::kQueryInRegisters) {
       for (int n = 0; n < kRowSteps; ++n) {
-        for (int depth = 0; depth < kDepthSteps; depth += 2) {
-          load_query(n, depth, query_[n][depth], query_[n][depth + 1]);
+        for (int depth = 0; depth < kWarpDepthSteps; depth += 2) {
+          if (!depth_.contains(depth)) break;
+          load_query(n, depth_.begin() + depth, query_[n][depth], query_[n][depth + 1]);
         }
       }
     }
@@ -113,7 +121,7 @@ class MainLoop {
       if (nothing) {
         // A warp with nothing to do still follows the ring: its arrival must not count for an
         // earlier round.
-        for (int operand = 0; operand < 2; ++operand) {
+        for (int stage = values_in_keys<Traits>(params_) ? 1 : 0; stage < 2; ++stage) {
           ring.wait_full();
           ring.release();
           ring.advance();
@@ -143,13 +151,16 @@ class MainLoop {
     Scores scores;
     ring.wait_full();
     multiply_keys(ring.stage_smem(), scores);
-    ring.release();
-    ring.advance();
+    if (!values_in_keys<Traits>(params_)) {
+      ring.release();
+      ring.advance();
+    }
+    depth_.sum(scores);
 
     Probabilities probabilities;
     softmax<kPlain>(token, scores, state, probabilities);
 
-    ring.wait_full();
+    if (!values_in_keys<Traits>(params_)) ring.wait_full();
     multiply_values<kPlain>(ring.stage_smem(), token, probabilities, state);
     ring.release();
     ring.advance();
@@ -189,9 +200,10 @@ class MainLoop {
     for (int i = 0; i < kTokenSteps; ++i) {
       const int row = place_.slice * Traits::kSliceTokens + i * 16;
 #pragma unroll
-      for (int depth = 0; depth < kDepthSteps; depth += 2) {
+      for (int depth = 0; depth < kWarpDepthSteps; depth += 2) {
+        if (!depth_.contains(depth)) break;
         uint32_t a[2][4];
-        fragments_.load_keys(k_smem, row, depth, a);
+        fragments_.load_keys(k_smem, row, depth_.begin() + depth, a);
 #pragma unroll
         for (int n = 0; n < kRowSteps; ++n) {
           uint32_t b[2][2];
@@ -392,6 +404,7 @@ class MainLoop {
 
   Scoring scoring_;
   CacheFragments<Traits> fragments_;
+  DepthPart<Traits> depth_;
   const DecodeParams& params_;
   const WarpPlace<Traits>& place_;
   const uint8_t* q_smem_;  // [kHeadDim / 64, kRows, 64], swizzled
@@ -399,7 +412,7 @@ class MainLoop {
   int position_[kRowSteps][2];  // of this lane's rows
   float factor_[kRowSteps][2];  // with float8 caches: of their products
   uint32_t query_[Traits::kQueryInRegisters ? kRowSteps : 1]
-                 [Traits::kQueryInRegisters ? kDepthSteps : 2][2];
+                 [Traits::kQueryInRegisters ? kWarpDepthSteps : 2][2];
 };
 
 }  // namespace leanattn

@@ -63,8 +63,9 @@ class WarpgroupMainLoop {
   static constexpr int kBlocks = kStepTokens / 8;  // of 8 tokens, a step
   static constexpr int kValueBlocks = Traits::kWarpDim / 8;
 
-  __device__ __forceinline__ WarpgroupMainLoop(const DecodeParams& params, const Place& place)
-      : scoring_(params), place_(place) {}
+  __device__ __forceinline__ WarpgroupMainLoop(const DecodeParams& params, const Place& place,
+                                               typename Traits::SharedStorage&)
+      : scoring_(params), params_(params), place_(place) {}
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
@@ -90,8 +91,9 @@ class WarpgroupMainLoop {
   __device__ __forceinline__ void take_tile(int tile, Ring<Traits>& ring, State& state) {
     const KeyRange any = segment_->keys.any;
     const KeyRange all = segment_->keys.all;
+    const bool one_stage = values_in_keys<Traits>(params_);
     const Ring<Traits> keys = ring;
-    ring.advance();
+    if (!one_stage) ring.advance();
     const Ring<Traits> values = ring;
     ring.advance();
     keys.wait_full();
@@ -104,7 +106,7 @@ class WarpgroupMainLoop {
       const bool everything = token >= all.begin && all.end - token >= kStepTokens;
       Products products;
       if (!nothing && warpgroup_has_rows_) multiply_keys(keys.stage_smem(), row, products);
-      if (step == Traits::kSteps - 1) keys.release();
+      if (step == Traits::kSteps - 1 && !one_stage) keys.release();
       if (nothing) {
         values.wait_full();  // before the release, as ever
         continue;
@@ -117,6 +119,8 @@ class WarpgroupMainLoop {
       }
       values.wait_full();
       if (!everything) {
+        // The other warpgroup has read the keys.
+        if (one_stage) ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);
         clear_unseen_values(values.stage_smem(), row, token);
         if (spoils_some_rows(values.stage_smem(), row, token)) {
           multiply_values_by_token(values.stage_smem(), row, token, probabilities, state);
@@ -232,7 +236,7 @@ class WarpgroupMainLoop {
   template <class Visit>
   __device__ __forceinline__ void for_each_chunk(uint8_t* v_smem, int row, int token, KeyRange keys,
                                                  int thread, int threads, Visit visit) const {
-    constexpr int kChunks = Traits::kHeadDim / 8;
+    constexpr int kChunks = Traits::kHeadDimV / 8;
     const int first = clamp_to(keys.begin - token, 0, kStepTokens);
     const int last = clamp_to(keys.end - token, 0, kStepTokens);
 #pragma unroll 1
@@ -320,6 +324,7 @@ class WarpgroupMainLoop {
   }
 
   Scoring scoring_;
+  const DecodeParams& params_;
   const Place& place_;
   const Segment* segment_;
   uint64_t q_;  // operand of the warpgroup's 64 rows

@@ -26,7 +26,7 @@ __device__ __forceinline__ QuadState make_quad_state(float2 stats, float4 o) {
 template <class Traits, class Visit>
 __device__ __forceinline__ void for_each_quad(int row_begin, int row_end, int head_dim_v,
                                               Visit visit) {
-  constexpr int kQuads = Traits::kHeadDim / 4;  // a power of two
+  constexpr int kQuads = Traits::kHeadDimV / 4;  // a power of two
   constexpr int kRowsAtOnce = Traits::kConsumerThreads / kQuads;
   const int dim = threadIdx.x % kQuads * 4;
   if (dim >= head_dim_v) return;

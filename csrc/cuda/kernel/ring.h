@@ -20,6 +20,12 @@ struct RingPosition {
   }
 };
 
+// Whether a tile takes one stage, of keys whose first columns are the values, instead of two.
+template <class Traits>
+__device__ __forceinline__ bool values_in_keys(const DecodeParams& params) {
+  return Traits::kWide && params.values_in_keys;
+}
+
 template <class Traits>
 class Ring {
  public:

@@ -77,6 +77,8 @@ class TaskQueue {
   }
 
  private:
+  static constexpr int kRowChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row of q
+
   // A fresh barrier counts as just past the phase of parity 1; see Ring.
   __device__ __forceinline__ Task& wait_for_room() const {
     ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
@@ -88,12 +90,11 @@ class TaskQueue {
   __device__ __forceinline__ void copy_queries(const DecodeParams& params, const Segment& segment,
                                                int rows, uint8_t* q_smem) const {
     using Element = typename Traits::Element;
-    constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row
     const Element* q = static_cast<const Element*>(params.q);
 #pragma unroll 4
-    for (int i = threadIdx.x % 32; i < Traits::kRows * kChunks; i += 32) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
+    for (int i = threadIdx.x % 32; i < Traits::kRows * kRowChunks; i += 32) {
+      const int row = i / kRowChunks;
+      const int chunk = i % kRowChunks;
       const bool inside = row < rows && chunk * 8 < params.head_dim;
       const QueryRow r = query_row(params, segment, inside ? row : 0);
       const Element* source = q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) +
@@ -108,34 +109,40 @@ class TaskQueue {
   // With float8 caches: q in shared memory becomes fp16. bf16 reaches further, so its rows are taken
   // into fp16's range by a power of two, and the products back by task.q_factors.
   __device__ __forceinline__ void narrow_queries(const DecodeParams& params, Task& task) const {
-    constexpr int kChunks = Traits::kHeadDim / 8;  // lanes that share a row
+    constexpr int kLanes = min_of(kRowChunks, 32);
     const bool is_bf16 = params.element_type == ElementType::kBFloat16;
     cute::cp_async_fence();
-    cute::cp_async_wait<0>();  // each lane goes on with the chunks that it has copied itself
-#pragma unroll 4
-    for (int i = threadIdx.x % 32; i < Traits::kRows * kChunks; i += 32) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
-      float factor = 1.0f;
-      if (is_bf16) {
-        uint8_t* chunk_smem = task.q + swizzled_offset<Traits::kQueryRows>(row, chunk);
-        auto& pairs = *reinterpret_cast<Vector<uint32_t, 4>*>(chunk_smem);
-        factor = narrow<kChunks>(pairs);
-      }
-      if (chunk == 0) task.q_factors[row] = factor;
+    cute::cp_async_wait<0>();
+    __syncwarp();  // the other lanes' chunks have landed too
+#pragma unroll 1
+    for (int row = threadIdx.x % 32 / kLanes; row < Traits::kRows; row += 32 / kLanes) {
+      const int lane = threadIdx.x % kLanes;
+      const float factor = is_bf16 ? narrow_row<kLanes>(task.q, row, lane) : 1.0f;
+      if (lane == 0) task.q_factors[row] = factor;
     }
   }
 
-  // A row of bf16, of which `lanes` lanes hold 8 numbers each, becomes fp16; returns the factor that
-  // takes it back. Powers of two lose nothing of numbers within 2^-28 of the largest.
-  template <int lanes>
-  static __device__ __forceinline__ float narrow(Vector<uint32_t, 4>& pairs) {
+  // A row of bf16 becomes fp16, by kLanes lanes; returns the factor that takes it back. Powers of two lose
+  // nothing of numbers within 2^-28 of the largest.
+  template <int kLanes>
+  static __device__ __forceinline__ float narrow_row(uint8_t* q_smem, int row, int lane) {
+    const auto for_each_chunk = [&](auto visit) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(kRowChunks, kLanes); ++i) {
+        const int chunk = lane + i * kLanes;
+        if (chunk >= kRowChunks) break;
+        uint8_t* chunk_smem = q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk);
+        visit(*reinterpret_cast<Vector<uint32_t, 4>*>(chunk_smem));
+      }
+    };
     // Magnitudes of bf16 are ordered like their bits.
     uint32_t largest = 0;
-    for (const uint32_t pair : pairs.element) {
-      largest = max_of(largest, max_of(pair & 0x7fff, pair >> 16 & 0x7fff));
-    }
-    for (int distance = 1; distance < lanes; distance *= 2) {
+    for_each_chunk([&](const Vector<uint32_t, 4>& pairs) {
+      for (const uint32_t pair : pairs.element) {
+        largest = max_of(largest, max_of(pair & 0x7fff, pair >> 16 & 0x7fff));
+      }
+    });
+    for (int distance = 1; distance < kLanes; distance *= 2) {
       largest = max_of(largest, __shfl_xor_sync(~0u, largest, distance));
     }
     const uint32_t exponent = largest >> 7;
@@ -146,10 +153,12 @@ class TaskQueue {
       scale = __uint_as_float(scale_exponent << 23);
       factor = __uint_as_float((254 - scale_exponent) << 23);
     }
-    for (uint32_t& pair : pairs.element) {
-      const float2 both = unpack<__nv_bfloat16>(pair);
-      pair = pack<__half>(both.x * scale, both.y * scale);
-    }
+    for_each_chunk([&](Vector<uint32_t, 4>& pairs) {
+      for (uint32_t& pair : pairs.element) {
+        const float2 both = unpack<__nv_bfloat16>(pair);
+        pair = pack<__half>(both.x * scale, both.y * scale);
+      }
+    });
     return factor;
   }
 

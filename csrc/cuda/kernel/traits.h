@@ -15,6 +15,11 @@
 // By wgmma, for 17 rows and more, where there is one. Four warps multiply 64 query rows by a slice that
 // wgmma reads straight from the ring:  S = Q K^T  and  O = P V.  With two halves of Dv, for the same
 // reason, or with 128 rows, the two warpgroups take the same slice.
+//
+// Wide heads, D to 576 and Dv to 512, are those of multi-head latent attention: one KV head, whose values
+// are its keys' first columns, so that one stage is both. By mma the four warps of a slice share out D,
+// too, and add up each other's products (depth_split.h). By wgmma O fills the registers of two
+// warpgroups so well that they take some of the other warps'.
 #pragma once
 
 #include <cstdint>
@@ -58,8 +63,10 @@ struct DecodeTraits {
   static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
   static_assert(kFloat8 ? std::is_same_v<Element, __half> && kKind != Kind::kWgmma
                         : std::is_same_v<Element, CacheElement>);
-  static constexpr int kHeadDim = kHeadDim_;  // D and Dv, padded: 64, 128 or 256
-  static constexpr int kRows = kRows_;        // packed query rows, padded: 8..64, or 128 by wgmma
+  static constexpr int kHeadDim = kHeadDim_;                     // D, padded: 64, 128, 256 or 576
+  static constexpr int kHeadDimV = padded_head_dim_v(kHeadDim);  // Dv, padded: the same, or 512
+  static constexpr bool kWide = kHeadDim > 256;
+  static constexpr int kRows = kRows_;  // packed query rows, padded: 8..64, or 128 by wgmma
   static constexpr bool kWgmma = kKind == Kind::kWgmma;
   static constexpr bool kTree = kKind == Kind::kTree;
   static_assert(!kTree || kRows <= kFoldRows, "batch-invariant items have few rows");
@@ -69,14 +76,19 @@ struct DecodeTraits {
   static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kProducerWarp = kConsumerWarps;
   static constexpr int kTaskWarp = kConsumerWarps + 1;
-  static constexpr int kThreads = kConsumerThreads + 64;
+  // Registers are handed over by whole warpgroups; the two warps more only bring theirs.
+  static constexpr bool kMovesRegisters = kWgmma && kWide;
+  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 64);
+  static constexpr int kConsumerRegisters =
+      216;  // 2 * 216 + 72 = 3 * 168, which 12 warps are given
+  static constexpr int kProducerRegisters = 72;
 
   // A warp's part of the [tokens, rows, Dv] space. wgmma has 16 of 64 rows for each of its warps,
   // though there may be fewer.
-  static constexpr int kWarpDim = min_of(kHeadDim, 128);
+  static constexpr int kWarpDim = min_of(kHeadDimV, kMovesRegisters ? 256 : 128);
   static constexpr int kWarpRows = kWgmma ? 16 : min_of(kRows, 2048 / kWarpDim);
   static constexpr int kRowGroups = (kWgmma ? max_of(kRows, 64) : kRows) / kWarpRows;
-  static constexpr int kDimGroups = kHeadDim / kWarpDim;
+  static constexpr int kDimGroups = kHeadDimV / kWarpDim;
   static constexpr int kSlices = kConsumerWarps / (kRowGroups * kDimGroups);
   static constexpr int kSliceTokens = kTile / kSlices;
   static constexpr int kSliceThreads = kConsumerThreads / kSlices;
@@ -88,41 +100,47 @@ struct DecodeTraits {
   static constexpr int kDepthSteps = kHeadDim / 16;
   static_assert(kTokenSteps >= 1, "a warp's slice holds at least one 16-token step");
 
+  // Of mma: whether the warps of a slice share out D. A warp's part is whole pairs of depth steps, and
+  // may have one pair less than this.
+  static constexpr bool kSplitsDepth = kWide && !kWgmma;
+  static constexpr int kDepthParts = kSplitsDepth ? kDimGroups : 1;
+  static constexpr int kWarpDepthSteps = ceil_div(kDepthSteps / 2, kDepthParts) * 2;
+
   // wgmma reads 64 rows, though nobody reads what comes of those beyond kRows.
   static constexpr int kQueryRows = kWgmma ? max_of(kRows, 64) : kRows;
 
   // Tokens that wgmma takes at once: their scores share the registers with O.
-  static constexpr int kStepTokens = 64;
+  static constexpr int kStepTokens = min_of(kTile, 64);
   static constexpr int kSteps = kSliceTokens / kStepTokens;
   static_assert(!kWgmma || kSteps * kStepTokens == kSliceTokens, "a slice is whole steps");
 
   // Of mma: q stays in registers where it leaves room for the accumulators, else it is read again
   // from shared memory for every tile.
   static constexpr bool kQueryInRegisters =
-      2 * kRowSteps * kDepthSteps + 4 * kRowSteps * kDimSteps <= 96;
+      2 * kRowSteps * kWarpDepthSteps + 4 * kRowSteps * kDimSteps <= 104;
+  static_assert(kQueryInRegisters || !kSplitsDepth);
 
   // Shared memory holds operands as [column blocks][tokens or rows][128 bytes], with the 16-byte
   // chunks of a row permuted (the 128-byte swizzle of the tensor maps). Of K and V:
-  static constexpr int kStageBytes = kTile * kHeadDim * int{sizeof(CacheElement)};
   static constexpr int kBlockColumns = 128 / sizeof(CacheElement);
   static constexpr int kChunkColumns = 16 / sizeof(CacheElement);
-  static constexpr int kColumnBlocks = kHeadDim / kBlockColumns;
-  static_assert(kColumnBlocks >= 1, "a row is at least 128 bytes");
+  static constexpr int kColumnBlocks = ceil_div(kHeadDim, kBlockColumns);
+  static constexpr int kStageBytes = kTile * kColumnBlocks * 128;
 
   // The warps' states meet here, 8 rows of a row group at a time: of every row group, or by wgmma, which
   // needs the room for q, of two. A row is longer than it need be: then the accumulators of a warp go
   // to different banks.
   static constexpr int kMergeGroups = kWgmma ? 2 : kRowGroups;
   static constexpr int kMergeRows = kMergeGroups * 8;
-  static constexpr int kMergePitch = kHeadDim + (kWgmma ? 8 : 4);
+  static constexpr int kMergePitch = kHeadDimV + (kWgmma ? 8 : 4);
 
   static constexpr int kMaxStages = 227 * 1024 / kStageBytes;  // a CTA of sm_90 has so much memory
   // With more than one step the keys are still needed when the values are waited for. Else one stage
   // is slow but works: K is released before V needs the room.
   static constexpr int kFewestStages = kWgmma && kSteps > 1 ? 2 : 1;
   // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
-  static constexpr int kPageSlots = 8;
-  static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : 2;
+  static constexpr int kPageSlots = kWide ? 16 : 8;
+  static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : kMovesRegisters ? 1 : 2;
 
   struct Nothing {};
 
@@ -145,9 +163,13 @@ struct DecodeTraits {
     bool is_last_to_arrive;
   };
 
+  // Products over parts of D, of two tiles in turn: as each lane has them.
+  using ScoreParts = float4[2][kConsumerWarps][kTokenSteps * kRowSteps][32];
+
   struct SharedStorage {
     Task tasks[kTasks];
     CutSegment cuts[2];
+    [[no_unique_address]] std::conditional_t<kSplitsDepth, ScoreParts, Nothing> score_parts;
     alignas(16) float merge_o[kSlices][kMergeRows][kMergePitch];
     float merge_max[kSlices][kMergeRows];
     float merge_sum[kSlices][kMergeRows];
@@ -166,12 +188,12 @@ struct DecodeTraits {
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
 
   // The waiting states of one level of a batch-invariant item's tree; see tree_fixup.h.
-  static constexpr int kFoldLevelStates = kRows * kHeadDim / 4;
+  static constexpr int kFoldLevelStates = kRows * kHeadDimV / 4;
   static constexpr int kFoldLevelBytes = kFoldLevelStates * sizeof(SoftmaxState<4>);
 
   // A unit's partial in a cluster, in the ring's first stages, when all have been read.
   struct ClusterPartial {
-    alignas(16) float o[kRows][kHeadDim];
+    alignas(16) float o[kRows][kHeadDimV];
     float2 stats[kRows];  // max, sum
   };
   static constexpr int kMinStages =

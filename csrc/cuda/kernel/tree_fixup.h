@@ -12,8 +12,8 @@ namespace leanattn {
 // The waiting states of one unit.
 template <class Traits>
 struct FoldMemory {
-  QuadState* near_smem;  // [near_levels, kRows, kHeadDim / 4]
-  QuadState* far;        // [max_nodes / 2, kRows, kHeadDim / 4]; the first near_levels are not used
+  QuadState* near_smem;  // [near_levels, kRows, kHeadDimV / 4]
+  QuadState* far;  // [max_nodes / 2, kRows, kHeadDimV / 4]; the first near_levels are not used
   int near_levels;
 
   // The states of four elements of a row, one a level.
@@ -30,7 +30,7 @@ struct FoldMemory {
   };
 
   __device__ __forceinline__ Stack stack(int row, int dim) const {
-    const int quad = row * (Traits::kHeadDim / 4) + dim / 4;
+    const int quad = row * (Traits::kHeadDimV / 4) + dim / 4;
     return {near_smem + quad, far + quad, near_levels};
   }
 };

@@ -53,10 +53,14 @@ struct WgmmaAtoms;
         cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_RS<cute::SM90::GMMA::Major::K,   \
                                                                cute::SM90::GMMA::Major::MN>; \
   };
+LEANATTN_WGMMA_ATOMS(__half, 32, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 64, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 128, F32F16F16)
+LEANATTN_WGMMA_ATOMS(__half, 256, F32F16F16)
+LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 32, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 64, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 128, F32BF16BF16)
+LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 256, F32BF16BF16)
 #undef LEANATTN_WGMMA_ATOMS
 
 // d = q k^T, or d += q k^T, for 16 of D. By a warpgroup; done when wgmma_wait returns.

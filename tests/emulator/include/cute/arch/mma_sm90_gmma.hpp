@@ -139,8 +139,10 @@ struct RegisterShared {
   using MMA_64x##kColumns##x16_F32BF16BF16_SS = SharedShared<__nv_bfloat16, kColumns, a, b>; \
   template <Major a, Major b>                                                                \
   using MMA_64x##kColumns##x16_F32BF16BF16_RS = RegisterShared<__nv_bfloat16, kColumns, a, b>;
+EMULATED_WGMMA(32)
 EMULATED_WGMMA(64)
 EMULATED_WGMMA(128)
+EMULATED_WGMMA(256)
 #undef EMULATED_WGMMA
 
 }  // namespace SM90::GMMA
