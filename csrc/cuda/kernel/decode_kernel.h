@@ -1,5 +1,5 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
-// the producer warp copies and the consumer warps compute it, segment by segment.
+// the producer warps copy and the consumer warps compute it, segment by segment.
 // Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
 // loaders_paged.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h,
 // fixup.h, cluster_fixup.h, tree_fixup.h.
@@ -117,29 +117,36 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
   });
 }
 
-// The producer warp's whole life.
+// A producer warp's whole life. By bulk copies the first alone has one.
 template <class Traits>
 __device__ __forceinline__ void produce_share(const DecodeParams& params, const TensorMaps& maps,
                                               const Place& place, int unit,
                                               const Ring<Traits>& ring,
                                               typename Traits::SharedStorage& smem) {
   const SegmentWalker walker = make_walker(params, place, unit);
-  const auto produce_with = [&](const auto& loader) {
-    produce(params, maps, walker, loader, ring);
-  };
   if (params.block_table) {
-    const PageQueue<Traits> pages(params, walker, smem);
-    if (maps.usable) {
-      produce_with(PagedTmaLoader<Traits>(maps, pages));
-    } else {
-      produce_with(PagedCpAsyncLoader<Traits>(pages));
-    }
-  } else if (maps.usable) {
-    produce_with(TmaLoader<Traits>{});
+    const PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), smem.page_ids[0]);
+    produce(params, maps, walker, PagedTmaLoader<Traits>(maps, pages), ring);
   } else {
-    produce_with(CpAsyncLoader<Traits>{});
+    produce(params, maps, walker, TmaLoader<Traits>{}, ring);
   }
   ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
+}
+
+template <class Traits>
+__device__ __forceinline__ void produce_half_share(const DecodeParams& params,
+                                                   const TensorMaps& maps, const Place& place,
+                                                   int unit, bool second, const Ring<Traits>& ring,
+                                                   typename Traits::SharedStorage& smem) {
+  const SegmentWalker walker = make_walker(params, place, unit);
+  const KeyRange part = half_tile<Traits>(second);
+  if (params.block_table) {
+    const PageQueue<Traits> pages(params, walker, part, smem.page_ids[second]);
+    produce(params, maps, walker, PagedCpAsyncLoader<Traits>(pages), ring);
+  } else {
+    produce(params, maps, walker, CpAsyncLoader<Traits>{part}, ring);
+  }
+  ptx::let_next_kernel_launch();
 }
 
 // A CTA's whole life.
@@ -176,10 +183,15 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   const int unit = blockIdx.x;
   const Place place = locate<Traits>(params, unit, smem);
 
-  // The consumers wait for the barriers' initialisation; those who did it do not wait for them.
+  // The others wait for the barriers' initialisation; those who did it do not wait for them.
+  const bool second = warp == Traits::kSecondProducerWarp;
   const auto be_producer = [&] {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
     produce_share(params, maps, place, unit, ring, smem);
+  };
+  const auto be_half_producer = [&] {
+    ptx::bar_sync(kSetupBarrier, Traits::kThreads);
+    produce_half_share(params, maps, place, unit, second, ring, smem);
   };
   const auto be_task_warp = [&] {
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
@@ -201,26 +213,25 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     if (warp < Traits::kConsumerWarps) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
       be_consumer();
-    } else {
-      cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
-      if (warp == Traits::kProducerWarp) {
-        be_producer();
-      } else if (warp == Traits::kTaskWarp) {
-        be_task_warp();
-      } else {
-        ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
-      }
+      return;
     }
-  } else {
-    if (warp == Traits::kProducerWarp) {
-      be_producer();
-    } else if (warp == Traits::kTaskWarp) {
-      be_task_warp();
-    } else {
-      be_consumer();
-    }
-    write_empty_rows<Traits>(params, place, smem);
+    cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
   }
+  // One way of copying a branch: with both in one, ptxas no longer sees that all lanes take it, and puts
+  // code for lanes that do not around every copy.
+  const bool first = warp == Traits::kProducerWarp;
+  if (first && maps.usable) {
+    be_producer();
+  } else if ((first || second) && !maps.usable) {
+    be_half_producer();
+  } else if (warp == Traits::kTaskWarp) {
+    be_task_warp();
+  } else if (warp >= Traits::kConsumerWarps) {
+    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+  } else if constexpr (!Traits::kMovesRegisters) {
+    be_consumer();
+  }
+  if constexpr (!Traits::kMovesRegisters) write_empty_rows<Traits>(params, place, smem);
 }
 
 template <class Traits>

@@ -1,4 +1,4 @@
-// The producer's two ways of filling a stage with one tile of K or V: bulk tensor copies (sm_90 and
+// The producers' two ways of filling a stage with one tile of K or V: bulk tensor copies (sm_90 and
 // later) and cp.async (sm_80 and later). Both write the same swizzled layout and both bring only
 // rows that some query sees, rounded out to the copy's own grain; the rest of the stage keeps
 // whatever it held, so consumers must not use it. Columns beyond the head dim are zero.
@@ -94,11 +94,21 @@ struct RowCopy {
   }
 };
 
-// Rows [first, last) of the tile that starts at token `tile_token` which hold visible keys.
+// What a producer warp copies of every tile: rows [begin, end).
 template <class Traits>
-__device__ __forceinline__ KeyRange visible_tile_rows(const Segment& segment, int tile_token) {
-  return {max_of(segment.keys.any.begin - tile_token, 0),
-          min_of(segment.keys.any.end - tile_token, Traits::kTile)};
+__device__ __forceinline__ KeyRange whole_tile() {
+  return {0, Traits::kTile};
+}
+template <class Traits>
+__device__ __forceinline__ KeyRange half_tile(bool second) {
+  return {second ? Traits::kTile / 2 : 0, second ? Traits::kTile : Traits::kTile / 2};
+}
+
+// Rows of `part` of the tile that starts at token `tile_token` which hold visible keys.
+__device__ __forceinline__ KeyRange visible_rows(const Segment& segment, int tile_token,
+                                                 KeyRange part) {
+  return {max_of(segment.keys.any.begin - tile_token, part.begin),
+          min_of(segment.keys.any.end - tile_token, part.end)};
 }
 
 // By one lane. cute::elect_one_sync, and no comparison of the lane, tells the compiler that it is one:
@@ -115,7 +125,7 @@ struct TmaLoader {
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
     if (!cute::elect_one_sync()) return;
-    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const KeyRange rows = visible_rows(segment, tile_token, whole_tile<Traits>());
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
     const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
     const int box_rows = whole ? Traits::kTile : 1 << kBoxRowsLog2;
@@ -137,10 +147,12 @@ struct TmaLoader {
   }
 };
 
-// By all lanes of the producer warp.
+// By all lanes of both producer warps.
 template <class Traits>
 struct CpAsyncLoader {
-  static constexpr int kArrivals = 32;
+  static constexpr int kArrivals = 64;
+
+  KeyRange part;  // of this warp
 
   __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
   __device__ __forceinline__ void end_tile() const {}
@@ -151,7 +163,7 @@ struct CpAsyncLoader {
     using Copy = RowCopy<Traits>;
     const Copy rows_of{cache};
     const int lane = threadIdx.x % 32;
-    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const KeyRange rows = visible_rows(segment, tile_token, part);
     const auto* source =
         cache.data + segment.seq * cache.batch_stride + segment.head * cache.head_stride;
 #pragma unroll 4

@@ -1,6 +1,6 @@
 // The loaders of loaders.h for paged caches, where a tile is made of pieces from anywhere. Which
 // pages those are stands in device memory, and a trip there, behind all the copies in flight, takes
-// longer than the ring lasts. So the producer has its table entries fetched into shared memory many
+// longer than the ring lasts. So a producer has its table entries fetched into shared memory many
 // tiles ahead, by a second walk of the share that runs in front of the first.
 #pragma once
 
@@ -8,14 +8,16 @@
 
 namespace leanattn {
 
-// The block table's entries for the next tiles of a share, one slot a tile. Producer warp only.
+// The block table's entries for one producer warp's part of the next tiles of a share, one slot a tile.
 template <class Traits>
 class PageQueue {
  public:
-  // `walker`: of the share's start.
+  using Slot = int32_t[Traits::kTile / 2];
+
+  // `walker`: of the share's start. A whole tile as `part` is for pages of 8 tokens or more alone.
   __device__ __forceinline__ PageQueue(const DecodeParams& params, const SegmentWalker& walker,
-                                       typename Traits::SharedStorage& smem)
-      : params_(params), walker_(walker), smem_(smem) {
+                                       KeyRange part, Slot (&slots_smem)[Traits::kPageSlots])
+      : params_(params), walker_(walker), part_(part), slots_smem_(slots_smem) {
     segment_.tile_end = 0;
 #pragma unroll 1
     for (int i = 0; i < Traits::kPageSlots; ++i) fetch();
@@ -28,14 +30,18 @@ class PageQueue {
     static_assert((Traits::kWide ? 1 : 2) * Traits::kPageSlots >= Traits::kMaxStages);
     cute::cp_async_wait<Traits::kPageSlots - 1>();
     __syncwarp();  // the other lanes' entries have landed too
-    first_page_ =
-        (tile_token + visible_tile_rows<Traits>(segment, tile_token).begin) / params_.page_size;
+    first_page_ = (tile_token + rows(segment, tile_token).begin) / params_.page_size;
+  }
+
+  // Of the tile: those that this warp copies.
+  __device__ __forceinline__ KeyRange rows(const Segment& segment, int tile_token) const {
+    return visible_rows(segment, tile_token, part_);
   }
 
   // Where a token of this tile lives: one in the same page as a token that some query sees.
   __device__ __forceinline__ CacheRow find(int token) const {
     const int index = token / params_.page_size;
-    const int page = smem_.page_ids[slot_][index - first_page_];
+    const int page = slots_smem_[slot_][index - first_page_];
     return {clamp_page(params_, page), token - index * params_.page_size};
   }
 
@@ -51,13 +57,13 @@ class PageQueue {
     if (tile_ == segment_.tile_end && walker_.next(segment_)) tile_ = segment_.tile_begin;
     if (tile_ < segment_.tile_end) {
       const int tile_token = tile_ * Traits::kTile;
-      const KeyRange rows = visible_tile_rows<Traits>(segment_, tile_token);
-      const int first = (tile_token + rows.begin) / params_.page_size;
-      const int last = (tile_token + (rows.end - 1)) / params_.page_size;
+      const KeyRange mine = rows(segment_, tile_token);
+      const int first = (tile_token + mine.begin) / params_.page_size;
+      const int last = mine.empty() ? -1 : (tile_token + (mine.end - 1)) / params_.page_size;
 #pragma unroll 1
       for (int index = first + static_cast<int>(threadIdx.x % 32); index <= last; index += 32) {
         cute::SM80_CP_ASYNC_CACHEALWAYS<int32_t>::copy(
-            *block_table_entry(params_, segment_.seq, index), smem_.page_ids[slot_][index - first]);
+            *block_table_entry(params_, segment_.seq, index), slots_smem_[slot_][index - first]);
       }
       ++tile_;
     }
@@ -67,7 +73,8 @@ class PageQueue {
 
   const DecodeParams& params_;
   SegmentWalker walker_;
-  typename Traits::SharedStorage& smem_;
+  KeyRange part_;
+  Slot (&slots_smem_)[Traits::kPageSlots];
   Segment segment_;     // of the tile to fetch for
   int tile_ = 0;        // the tile to fetch for
   int slot_ = 0;        // of the current tile; where the tile kPageSlots after it will go
@@ -102,7 +109,7 @@ class PagedTmaLoader : public PagedLoader<Traits> {
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
     static_assert(Traits::kTile >> kMinBoxRowsLog2 <= 32, "a tile has at most one box a lane");
-    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const KeyRange rows = this->pages_.rows(segment, tile_token);
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
     const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
     const int box_rows_log2 = whole ? maps_.tile_box_rows_log2 : maps_.rows_box_rows_log2;
@@ -139,11 +146,11 @@ class PagedTmaLoader : public PagedLoader<Traits> {
   const TensorMaps& maps_;
 };
 
-// Any page size. A lane works out where one row in 32 lies and the others ask it.
+// Any page size, by both producer warps. A lane works out where one row in 32 lies and the others ask it.
 template <class Traits>
 class PagedCpAsyncLoader : public PagedLoader<Traits> {
  public:
-  static constexpr int kArrivals = 32;
+  static constexpr int kArrivals = 64;
 
   using PagedLoader<Traits>::PagedLoader;
 
@@ -153,7 +160,7 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
     using Copy = RowCopy<Traits>;
     const Copy rows_of{cache};
     const int lane = threadIdx.x % 32;
-    const KeyRange rows = visible_tile_rows<Traits>(segment, tile_token);
+    const KeyRange rows = this->pages_.rows(segment, tile_token);
     const auto* source = cache.data + segment.head * cache.head_stride;
 #pragma unroll 1
     for (int group = rows.begin / 32 * 32; group < rows.end; group += 32) {

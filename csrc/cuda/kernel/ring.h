@@ -1,4 +1,4 @@
-// The ring between the producer warp and the consumer warps. A stage is full when its copy has
+// The ring between the producer warps and the consumer warps. A stage is full when its copy has
 // landed and empty when every consumer warp has read it; each side walks the stages in order and
 // flips the phase it waits for whenever it passes the last one.
 #pragma once

@@ -1,8 +1,9 @@
 // The compile-time side of the kernel: what one CTA looks like, and its shared memory.
 //
-// A CTA has eight consumer warps, a producer warp and a task warp. The producer keeps a ring of stages
-// filled, each with one tile of K or of V, in turn; the task warp tells the consumers which segments
-// they are of, and brings the segments' q rows. The consumers split a tile's TOKENS into slices, each
+// A CTA has eight consumer warps, two producer warps and a task warp. The producers keep a ring of stages
+// filled, each with one tile of K or of V, in turn: by bulk copies the first alone, by cp.async, where
+// every 16 bytes are an instruction's, each a half of the tile. The task warp tells the consumers which
+// segments the tiles are of, and brings the segments' q rows. The consumers split a tile's TOKENS into slices, each
 // with a softmax state of its own for all query rows.
 //
 // The products run in one of two ways.
@@ -75,10 +76,11 @@ struct DecodeTraits {
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kProducerWarp = kConsumerWarps;
-  static constexpr int kTaskWarp = kConsumerWarps + 1;
-  // Registers are handed over by whole warpgroups; the two warps more only bring theirs.
+  static constexpr int kSecondProducerWarp = kConsumerWarps + 1;
+  static constexpr int kTaskWarp = kConsumerWarps + 2;
+  // Registers are handed over by whole warpgroups; the warp more only brings its own.
   static constexpr bool kMovesRegisters = kWgmma && kWide;
-  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 64);
+  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 96);
   static constexpr int kConsumerRegisters =
       216;  // 2 * 216 + 72 = 3 * 168, which 12 warps are given
   static constexpr int kProducerRegisters = 72;
@@ -182,7 +184,7 @@ struct DecodeTraits {
     int scan_largest[kThreads / 32];
     int stripe_query_begin[kThreads];
     Position start;
-    int32_t page_ids[kPageSlots][kTile];
+    int32_t page_ids[2][kPageSlots][kTile / 2];  // of each producer warp
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
