@@ -1,4 +1,4 @@
-"""The pages of docs/ that have examples: every block of Python in them runs, in order."""
+"""The pages that have examples, and the README: every block of Python in them runs, in order."""
 
 import functools
 import re
@@ -16,14 +16,28 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def run_page(page, **names):
     """Runs a page's blocks in one namespace, each as if it stood at its place in the page."""
-    text = (DOCS / page).read_text()
+    return run_blocks(DOCS / page, (DOCS / page).read_text(), **names)
+
+
+def run_blocks(path, text, **names):
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     assert blocks
-    namespace = {"__name__": page, **names}
+    namespace = {"__name__": path.name, **names}
     for block in blocks:
         line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), namespace)
+        exec(compile("\n" * line + block[1], str(path), "exec"), namespace)
     return namespace
+
+
+def test_readme():
+    """Its examples of `decode`, before those for models; on the CPU where there is no GPU."""
+    path = DOCS.parent / "README.md"
+    text = path.read_text().split("### Beside")[0]
+    if not torch.cuda.is_available():
+        text = text.replace('device = "cuda"', 'device = "cpu"')
+    namespace = run_blocks(path, text)
+    assert namespace["device"] in text and namespace["out"].shape == (4, 128, 512)
+    assert namespace["out"].isfinite().all() and namespace["lse"].shape == (4, 32)
 
 
 def test_transformers_page(monkeypatch):
