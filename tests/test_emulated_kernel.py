@@ -100,6 +100,13 @@ def test_layout(name, layout, tma, emulate):
     hold(emulate(case, rows, LAYOUTS[layout], tma=tma, wgmma=wgmma), case)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16(name, emulate):
+    rows, wgmma, options = CASES[name]
+    case = make_case("cpu", torch.bfloat16, **options)
+    hold(emulate(case, rows, LAYOUTS["stream-k-3"], wgmma=wgmma), case)
+
+
 @pytest.mark.parametrize(
     "rows, wgmma, heads, dims",
     [

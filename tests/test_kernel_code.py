@@ -11,7 +11,7 @@ import torch.utils.cpp_extension
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCE = """
 #include "cuda/launch_kernel.h"
-namespace leanattn { LEANATTN_INSTANTIATE(__half, 64, 8, Kind::kMma) }
+namespace leanattn { LEANATTN_INSTANTIATE(64, 8, Kind::kMma) }
 """
 
 

@@ -148,70 +148,61 @@ namespace {
 
 // A compile-time set of values for a kernel, and the run-time ones that choose it.
 struct KernelKey {
-  ElementType type;
-  bool float8;  // then the kernel is for both types
+  bool float8;
   int head_dim;
   int rows;
   Kind kind;
 };
 
 // Calls visit.operator()<Traits>() with the kernel for `key`, or not at all if there is none.
-template <class Element, int kHeadDim, class CacheElement, class Visit>
+template <int kHeadDim, class CacheElement, class Visit>
 void dispatch_rows(const KernelKey& key, Visit visit) {
   const auto with = [&]<int kRows, Kind kKind>() {
     if (key.rows != kRows || key.kind != kKind) return;
-    visit.template operator()<DecodeTraits<Element, kHeadDim, kRows, kKind, CacheElement>>();
+    visit.template operator()<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>();
   };
-  with.template operator()<8, Kind::kMma>();
-  with.template operator()<16, Kind::kMma>();
-  with.template operator()<32, Kind::kMma>();
-  with.template operator()<64, Kind::kMma>();
-  with.template operator()<8, Kind::kTree>();
-  with.template operator()<16, Kind::kTree>();
-  if constexpr (!std::is_same_v<CacheElement, Float8>) {
-    with.template operator()<32, Kind::kWgmma>();
-    with.template operator()<64, Kind::kWgmma>();
-    // For more of D, q alone would fill the shared memory.
-    if constexpr (kHeadDim <= 128) with.template operator()<128, Kind::kWgmma>();
+  constexpr bool kHasWgmma = !std::is_same_v<CacheElement, Float8>;
+  if constexpr (kHeadDim == kMaxHeadDim) {
+    // Up to 16 rows cost the same there, whatever their number.
+    with.template operator()<16, Kind::kMma>();
+    with.template operator()<16, Kind::kTree>();
+    if constexpr (kHasWgmma) with.template operator()<64, Kind::kWgmma>();
+  } else {
+    with.template operator()<8, Kind::kMma>();
+    with.template operator()<16, Kind::kMma>();
+    with.template operator()<32, Kind::kMma>();
+    with.template operator()<64, Kind::kMma>();
+    with.template operator()<8, Kind::kTree>();
+    with.template operator()<16, Kind::kTree>();
+    if constexpr (kHasWgmma) {
+      with.template operator()<32, Kind::kWgmma>();
+      with.template operator()<64, Kind::kWgmma>();
+      // For more of D, q alone would fill the shared memory.
+      if constexpr (kHeadDim <= 128) with.template operator()<128, Kind::kWgmma>();
+    }
   }
 }
 
-// Up to 16 rows cost the same there, whatever their number.
-template <class Element, class CacheElement, class Visit>
-void dispatch_wide(const KernelKey& key, Visit visit) {
-  const auto with = [&]<int kRows, Kind kKind>() {
-    if (key.rows != kRows || key.kind != kKind) return;
-    visit.template operator()<DecodeTraits<Element, kMaxHeadDim, kRows, kKind, CacheElement>>();
-  };
-  with.template operator()<16, Kind::kMma>();
-  with.template operator()<16, Kind::kTree>();
-  if constexpr (!std::is_same_v<CacheElement, Float8>) {
-    with.template operator()<64, Kind::kWgmma>();
-  }
-}
-
-template <class Element, class Visit>
+template <class CacheElement, class Visit>
 void dispatch_head_dim(const KernelKey& key, Visit visit) {
-  if (key.head_dim <= 64) return dispatch_rows<Element, 64, Element>(key, visit);
-  if (key.head_dim <= 128) return dispatch_rows<Element, 128, Element>(key, visit);
-  if (key.head_dim <= 256) return dispatch_rows<Element, 256, Element>(key, visit);
-  return dispatch_wide<Element, Element>(key, visit);
+  // Rows of float8 have at least 128 numbers there.
+  if constexpr (!std::is_same_v<CacheElement, Float8>) {
+    if (key.head_dim <= 64) return dispatch_rows<64, CacheElement>(key, visit);
+  }
+  if (key.head_dim <= 128) return dispatch_rows<128, CacheElement>(key, visit);
+  if (key.head_dim <= 256) return dispatch_rows<256, CacheElement>(key, visit);
+  return dispatch_rows<kMaxHeadDim, CacheElement>(key, visit);
 }
 
 template <class Visit>
 void dispatch(const KernelKey& key, Visit visit) {
-  if (key.float8) {
-    if (key.head_dim <= 128) return dispatch_rows<__half, 128, Float8>(key, visit);
-    if (key.head_dim <= 256) return dispatch_rows<__half, 256, Float8>(key, visit);
-    return dispatch_wide<__half, Float8>(key, visit);
-  }
-  if (key.type == ElementType::kFloat16) return dispatch_head_dim<__half>(key, visit);
-  return dispatch_head_dim<__nv_bfloat16>(key, visit);
+  if (key.float8) return dispatch_head_dim<Float8>(key, visit);
+  return dispatch_head_dim<Float16>(key, visit);
 }
 
 // Where the driver took code of sm_90a, which runs on 9.0 alone.
 bool can_use_wgmma(int device) {
-  return setup_kernel<DecodeTraits<__half, 64, 32, Kind::kWgmma>>(device).num_stages > 0;
+  return setup_kernel<DecodeTraits<64, 32, Kind::kWgmma>>(device).num_stages > 0;
 }
 
 constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
@@ -228,8 +219,7 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
     }
     return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
   };
-  return {params.element_type, is_float8(params.cache_type),
-          max_of(params.head_dim, params.head_dim_v), rows, kind()};
+  return {is_float8(params.cache_type), max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
 // Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
@@ -260,7 +250,12 @@ int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
     fit = candidate;
     if (rows <= candidate) break;
   }
-  if (fit == 0) throw_error("leanattn: this device has too little shared memory for its head dim");
+  if (fit == 0) {
+    throw_error("leanattn: head dims " + std::to_string(params.head_dim) + " and " +
+                std::to_string(params.head_dim_v) +
+                " need more shared memory than this device has for a CTA, " +
+                std::to_string(device_limits(device).shared_memory_bytes) + " bytes");
+  }
   return fit;
 }
 
@@ -273,15 +268,13 @@ Machine machine_for(const DecodeParams& params, int device) {
 }
 
 void warm_up(int device) {
-  for (const ElementType type : {ElementType::kFloat16, ElementType::kBFloat16}) {
-    for (const int head_dim : {64, 128, 256, kMaxHeadDim}) {
-      for (const int rows : kRowCounts) {
-        for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
-          if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
-          for (const bool float8 : {false, true}) {
-            dispatch({type, float8, head_dim, rows, kind},
-                     [&]<class Traits>() { setup_kernel<Traits>(device); });
-          }
+  for (const int head_dim : {64, 128, 256, kMaxHeadDim}) {
+    for (const int rows : kRowCounts) {
+      for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
+        if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
+        for (const bool float8 : {false, true}) {
+          dispatch({float8, head_dim, rows, kind},
+                   [&]<class Traits>() { setup_kernel<Traits>(device); });
         }
       }
     }

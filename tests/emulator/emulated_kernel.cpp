@@ -72,6 +72,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   p.element_type = bf16 ? ElementType::kBFloat16 : ElementType::kFloat16;
   p.cache_type = e5m2     ? CacheType::kFloat8E5M2
                  : float8 ? CacheType::kFloat8E4M3
+                 : bf16   ? CacheType::kBFloat16
                           : CacheType::kFloat16;
   if (k_scale) p.k_scale = {k_scale->data(), k_scale->shape(1), 1};
   if (v_scale) p.v_scale = {v_scale->data(), v_scale->shape(1), 1};
@@ -165,10 +166,10 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   const int fold_levels = batch_invariant ? 1 : 0;
   const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
   bool found = false;
-  const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = __half>() {
+  const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = Float16>() {
     const bool of_float8 = std::is_same_v<CacheElement, Float8>;
     if (padded != kHeadDim || rows != kRows || kind != kKind || float8 != of_float8) return;
-    launch<DecodeTraits<__half, kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels,
+    launch<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels,
                                                                        seed);
     found = true;
   };

@@ -2,11 +2,11 @@
 
 namespace leanattn {
 
-LEANATTN_INSTANTIATE(__half, 128, 8, Kind::kMma, Float8)
-LEANATTN_INSTANTIATE(__half, 128, 16, Kind::kMma, Float8)
-LEANATTN_INSTANTIATE(__half, 128, 32, Kind::kMma, Float8)
-LEANATTN_INSTANTIATE(__half, 128, 64, Kind::kMma, Float8)
-LEANATTN_INSTANTIATE(__half, 128, 8, Kind::kTree, Float8)
-LEANATTN_INSTANTIATE(__half, 128, 16, Kind::kTree, Float8)
+LEANATTN_INSTANTIATE(128, 8, Kind::kMma, Float8)
+LEANATTN_INSTANTIATE(128, 16, Kind::kMma, Float8)
+LEANATTN_INSTANTIATE(128, 32, Kind::kMma, Float8)
+LEANATTN_INSTANTIATE(128, 64, Kind::kMma, Float8)
+LEANATTN_INSTANTIATE(128, 8, Kind::kTree, Float8)
+LEANATTN_INSTANTIATE(128, 16, Kind::kTree, Float8)
 
 }  // namespace leanattn

@@ -20,23 +20,45 @@
 namespace leanattn {
 
 template <class Traits>
-using MainLoopOf = std::conditional_t<Traits::kWgmma, WarpgroupMainLoop<Traits>, MainLoop<Traits>>;
+using PlaceOf = std::conditional_t<Traits::kWgmma, WarpgroupPlace<Traits>, WarpPlace<Traits>>;
+template <class Traits>
+using StateOf = std::conditional_t<Traits::kWgmma, WarpgroupState<Traits>, WarpState<Traits>>;
+
+// Tiles [tile_begin, tile_end) of a task's segment, with products of fp16 or bf16.
+template <class Traits>
+__device__ __forceinline__ void run_main_loop(const DecodeParams& params,
+                                              const PlaceOf<Traits>& place,
+                                              const typename Traits::Task& task, int tile_begin,
+                                              int tile_end, Ring<Traits>& ring,
+                                              typename Traits::SharedStorage& smem,
+                                              StateOf<Traits>& state) {
+  const auto run = [&]<class Element>() {
+    using Loop = std::conditional_t<Traits::kWgmma, WarpgroupMainLoop<Traits, Element>,
+                                    MainLoop<Traits, Element>>;
+    Loop(params, place, smem).run(task, tile_begin, tile_end, ring, state);
+  };
+  // float8 is widened to fp16, whatever q is.
+  if (!Traits::kFloat8 && params.element_type == ElementType::kBFloat16) {
+    run.template operator()<__nv_bfloat16>();
+  } else {
+    run.template operator()<__half>();
+  }
+}
 
 // The consumer warps' whole life: each segment as a whole.
 template <class Traits>
 __device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
                                         int unit, Ring<Traits> ring, TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
-  using Loop = MainLoopOf<Traits>;
-  const typename Loop::Place place(threadIdx.x / 32);
-  Loop main_loop(params, place, smem);
+  const PlaceOf<Traits> place(threadIdx.x / 32);
   const bool in_cluster = unit_place.in_teams && params.is_clustered;
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
     const Segment& segment = task->segment;
     const bool is_whole = segment.is_whole();
-    typename Loop::State state;
-    main_loop.run(*task, segment.tile_begin, segment.tile_end, ring, state);
+    StateOf<Traits> state;
+    run_main_loop<Traits>(params, place, *task, segment.tile_begin, segment.tile_end, ring, smem,
+                          state);
     const auto finish = [&](int row, int dim, const QuadState& merged) {
       if (is_whole) {
         write_quad<Traits>(params, segment, row, dim, merged);
@@ -66,9 +88,7 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
                                                 const RoomPlan& room, Ring<Traits> ring,
                                                 TaskQueue<Traits> tasks,
                                                 typename Traits::SharedStorage& smem) {
-  using Loop = MainLoopOf<Traits>;
-  const typename Loop::Place place(threadIdx.x / 32);
-  Loop main_loop(params, place, smem);
+  const PlaceOf<Traits> place(threadIdx.x / 32);
   const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
   int num_cuts = 0;
   while (const auto* task = tasks.front()) {
@@ -77,8 +97,8 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
     const auto partial = [&](int node) { return partial_index(params, task->units, unit, node); };
     int num_partials = 0;
     for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-      typename Loop::State state;
-      main_loop.run(*task, tile, tile + 1, ring, state);
+      StateOf<Traits> state;
+      run_main_loop<Traits>(params, place, *task, tile, tile + 1, ring, smem, state);
       bool left_partial = false;
       const auto finish = [&](int row, int dim, const QuadState& merged) {
         auto stack = fold.stack(row, dim);
@@ -124,12 +144,9 @@ __device__ __forceinline__ void produce_share(const DecodeParams& params, const 
                                               const Ring<Traits>& ring,
                                               typename Traits::SharedStorage& smem) {
   const SegmentWalker walker = make_walker(params, place, unit);
-  if (params.block_table) {
-    const PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), smem.page_ids[0]);
-    produce(params, maps, walker, PagedTmaLoader<Traits>(maps, pages), ring);
-  } else {
-    produce(params, maps, walker, TmaLoader<Traits>{}, ring);
-  }
+  const PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), smem.page_ids[0]);
+  const EitherLoader loader(params, TmaLoader<Traits>{}, PagedTmaLoader<Traits>(maps, pages));
+  produce(params, maps, walker, loader, ring);
   ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
 }
 
@@ -140,12 +157,9 @@ __device__ __forceinline__ void produce_half_share(const DecodeParams& params,
                                                    typename Traits::SharedStorage& smem) {
   const SegmentWalker walker = make_walker(params, place, unit);
   const KeyRange part = half_tile<Traits>(second);
-  if (params.block_table) {
-    const PageQueue<Traits> pages(params, walker, part, smem.page_ids[second]);
-    produce(params, maps, walker, PagedCpAsyncLoader<Traits>(pages), ring);
-  } else {
-    produce(params, maps, walker, CpAsyncLoader<Traits>{part}, ring);
-  }
+  const PageQueue<Traits> pages(params, walker, part, smem.page_ids[second]);
+  const EitherLoader loader(params, CpAsyncLoader<Traits>{part}, PagedCpAsyncLoader<Traits>(pages));
+  produce(params, maps, walker, loader, ring);
   ptx::let_next_kernel_launch();
 }
 

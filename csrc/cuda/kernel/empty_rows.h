@@ -11,8 +11,7 @@ namespace leanattn {
 template <class Traits>
 __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int seq, int q_row,
                                                 int head, float lse) {
-  using Element = typename Traits::Element;
-  Element* out = static_cast<Element*>(params.out) + out_offset(params, seq, q_row, head);
+  Float16* out = static_cast<Float16*>(params.out) + out_offset(params, seq, q_row, head);
   for (int dim = threadIdx.x % 32 * 8; dim < params.head_dim_v; dim += 32 * 8) {
     *reinterpret_cast<uint4*>(out + dim) = uint4{};
   }

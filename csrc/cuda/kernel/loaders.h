@@ -117,9 +117,6 @@ template <class Traits>
 struct TmaLoader {
   static constexpr int kArrivals = 1;
 
-  __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
-  __device__ __forceinline__ void end_tile() const {}
-
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
@@ -153,9 +150,6 @@ struct CpAsyncLoader {
   static constexpr int kArrivals = 64;
 
   KeyRange part;  // of this warp
-
-  __device__ __forceinline__ void begin_tile(const Segment&, int) const {}
-  __device__ __forceinline__ void end_tile() const {}
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
@@ -204,7 +198,6 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
         loader.load(v, segment, tile_token, ring);
         ring.advance();
       }
-      loader.end_tile();
     }
   }
 }

@@ -19,12 +19,15 @@ class PageQueue {
                                        KeyRange part, Slot (&slots_smem)[Traits::kPageSlots])
       : params_(params), walker_(walker), part_(part), slots_smem_(slots_smem) {
     segment_.tile_end = 0;
-#pragma unroll 1
-    for (int i = 0; i < Traits::kPageSlots; ++i) fetch();
   }
 
-  // Waits for the entries of the next tile, which starts at `tile_token`.
+  // Waits for the entries of the next tile, which starts at `tile_token`; the copies of the one before
+  // are under way.
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
+    __syncwarp();  // every lane has read the entries of the tile before, whose slot is free now
+#pragma unroll 1
+    for (; free_slots_ > 0; --free_slots_) fetch();
+    free_slots_ = 1;
     // One group a tile: all but the newest kPageSlots - 1 must land. With the entries of this tile
     // those are copies of K and V of tiles at least kPageSlots ago, which the ring has let go of.
     static_assert((Traits::kWide ? 1 : 2) * Traits::kPageSlots >= Traits::kMaxStages);
@@ -43,12 +46,6 @@ class PageQueue {
     const int index = token / params_.page_size;
     const int page = slots_smem_[slot_][index - first_page_];
     return {clamp_page(params_, page), token - index * params_.page_size};
-  }
-
-  // The tile's copies are under way: its slot is free for a tile to come.
-  __device__ __forceinline__ void end_tile() {
-    __syncwarp();  // every lane has read the slot's entries
-    fetch();
   }
 
  private:
@@ -75,8 +72,9 @@ class PageQueue {
   SegmentWalker walker_;
   KeyRange part_;
   Slot (&slots_smem_)[Traits::kPageSlots];
-  Segment segment_;     // of the tile to fetch for
-  int tile_ = 0;        // the tile to fetch for
+  Segment segment_;  // of the tile to fetch for
+  int tile_ = 0;     // the tile to fetch for
+  int free_slots_ = Traits::kPageSlots;
   int slot_ = 0;        // of the current tile; where the tile kPageSlots after it will go
   int first_page_ = 0;  // of the sequence, in the slot
 };
@@ -89,7 +87,6 @@ class PagedLoader {
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
     pages_.begin_tile(segment, tile_token);
   }
-  __device__ __forceinline__ void end_tile() { pages_.end_tile(); }
 
  protected:
   PageQueue<Traits> pages_;
@@ -178,6 +175,34 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
   }
+};
+
+// One of the two, as the call wants: the share is walked by the same code.
+template <class Contiguous, class Paged>
+class EitherLoader {
+ public:
+  __device__ __forceinline__ EitherLoader(const DecodeParams& params, const Contiguous& contiguous,
+                                          const Paged& paged)
+      : is_paged_(params.block_table), contiguous_(contiguous), paged_(paged) {}
+
+  __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
+    if (is_paged_) paged_.begin_tile(segment, tile_token);
+  }
+
+  template <class View, class Ring>
+  __device__ __forceinline__ void load(const View& cache, const Segment& segment, int tile_token,
+                                       const Ring& ring) const {
+    if (is_paged_) {
+      paged_.load(cache, segment, tile_token, ring);
+    } else {
+      contiguous_.load(cache, segment, tile_token, ring);
+    }
+  }
+
+ private:
+  bool is_paged_;
+  Contiguous contiguous_;
+  Paged paged_;
 };
 
 }  // namespace leanattn

@@ -68,10 +68,10 @@ struct WarpState {
   }
 };
 
-template <class Traits>
+// Element: of the products' operands, __half or __nv_bfloat16.
+template <class Traits, class Element>
 class MainLoop {
  public:
-  using Element = typename Traits::Element;
   using Place = WarpPlace<Traits>;
   using State = WarpState<Traits>;
   static constexpr int kTokenSteps = Traits::kTokenSteps;
@@ -95,7 +95,9 @@ class MainLoop {
     scoring_.begin(segment);
     q_smem_ = task.q;
     state.clear();
+#pragma unroll  // rolled, the loop would keep all of this in local memory
     for (int n = 0; n < kRowSteps; ++n) {
+#pragma unroll
       for (int c = 0; c < 2; ++c) {
         position_[n][c] = scoring_.position_of_row(place_.row(n, c));
         if constexpr (Traits::kFloat8) {
@@ -105,7 +107,9 @@ class MainLoop {
       }
     }
     if constexpr (Traits::kQueryInRegisters) {
+#pragma unroll
       for (int n = 0; n < kRowSteps; ++n) {
+#pragma unroll
         for (int depth = 0; depth < kWarpDepthSteps; depth += 2) {
           if (!depth_.contains(depth)) break;
           load_query(n, depth_.begin() + depth, query_[n][depth], query_[n][depth + 1]);

@@ -53,10 +53,9 @@ struct WarpgroupState {
   }
 };
 
-template <class Traits>
+template <class Traits, class Element>
 class WarpgroupMainLoop {
  public:
-  using Element = typename Traits::Element;
   using Place = WarpgroupPlace<Traits>;
   using State = WarpgroupState<Traits>;
   static constexpr int kStepTokens = Traits::kStepTokens;

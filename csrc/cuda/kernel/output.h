@@ -43,7 +43,6 @@ __device__ __forceinline__ uint2 pack_quad(const float (&o)[4], float factor) {
 template <class Traits>
 __device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
                                            int item_row, int dim, QuadState state) {
-  using Element = typename Traits::Element;
   const QueryRow row = query_row(params, segment, item_row);
   const int q_row = segment.sequence.query_begin + row.query;
   const bool wants_lse = dim == 0 && params.lse;
@@ -60,14 +59,11 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   if constexpr (Traits::kFloat8) {
     factor *= scale_of(params.v_scale, segment.seq, segment.head);
   }
-  uint2 packed = pack_quad<Element>(state.o, factor);
-  if constexpr (Traits::kFloat8) {
-    if (params.element_type == ElementType::kBFloat16) {
-      packed = pack_quad<__nv_bfloat16>(state.o, factor);
-    }
-  }
-  Element* out =
-      static_cast<Element*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
+  const uint2 packed = params.element_type == ElementType::kBFloat16
+                           ? pack_quad<__nv_bfloat16>(state.o, factor)
+                           : pack_quad<__half>(state.o, factor);
+  Float16* out =
+      static_cast<Float16*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
   *reinterpret_cast<uint2*>(out + dim) = packed;
 }
 

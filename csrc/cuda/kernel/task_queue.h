@@ -89,15 +89,14 @@ class TaskQueue {
   // q rows of the item; rows and columns beyond it become zero.
   __device__ __forceinline__ void copy_queries(const DecodeParams& params, const Segment& segment,
                                                int rows, uint8_t* q_smem) const {
-    using Element = typename Traits::Element;
-    const Element* q = static_cast<const Element*>(params.q);
+    const Float16* q = static_cast<const Float16*>(params.q);
 #pragma unroll 4
     for (int i = threadIdx.x % 32; i < Traits::kRows * kRowChunks; i += 32) {
       const int row = i / kRowChunks;
       const int chunk = i % kRowChunks;
       const bool inside = row < rows && chunk * 8 < params.head_dim;
       const QueryRow r = query_row(params, segment, inside ? row : 0);
-      const Element* source = q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) +
+      const Float16* source = q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) +
                               (inside ? chunk * 8 : 0);
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
           *reinterpret_cast<const uint4*>(source),

@@ -56,14 +56,17 @@ struct Float8 {
   uint8_t bits;
 };
 
-template <class Element_, int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Element_>
+// A 16-bit floating-point number of q, out and the caches, whose format DecodeParams::element_type says.
+// One kernel is for both formats: all but the products is the same code.
+struct Float16 {
+  uint16_t bits;
+};
+
+template <int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Float16>
 struct DecodeTraits {
-  using Element = Element_;            // of the products' operands
-  using CacheElement = CacheElement_;  // of K and V in memory: the same or Float8
-  // Then the products are of fp16, and what q and out are, DecodeParams::element_type says.
+  using CacheElement = CacheElement_;  // of K and V in memory: Float16 or Float8
   static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
-  static_assert(kFloat8 ? std::is_same_v<Element, __half> && kKind != Kind::kWgmma
-                        : std::is_same_v<Element, CacheElement>);
+  static_assert(!kFloat8 || kKind != Kind::kWgmma, "wgmma reads the caches as they are");
   static constexpr int kHeadDim = kHeadDim_;                     // D, padded: 64, 128, 256 or 576
   static constexpr int kHeadDimV = padded_head_dim_v(kHeadDim);  // Dv, padded: the same, or 512
   static constexpr bool kWide = kHeadDim > 256;
