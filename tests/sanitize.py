@@ -28,15 +28,21 @@ CALLS = [
     dict(shape=(3, 2, 8, 2, 128, 128, 517), units=7, page_size=16),
     dict(shape=(2, 1, 8, 2, 72, 256, 300), units=3, page_size=24, options=dict(window_left=100)),
     dict(shape=(2, 1, 8, 2, 128, 64, 300), units=64, page_size=100),
+    dict(shape=(2, 1, 16, 1, 512, 264, 300), units=5),
+    dict(shape=(2, 1, 16, 1, 576, 512, 300), units=5, values_in_keys=True),
+    dict(shape=(2, 2, 20, 1, 576, 512, 300), units=3, options=dict(window_left=100)),
+    dict(shape=(2, 1, 40, 1, 576, 512, 300), units=3, page_size=24, values_in_keys=True),
 ]
 
 
-def run(shape, units, page_size=None, options=None):
+def run(shape, units, page_size=None, values_in_keys=False, options=None):
     batch, seqlen_q, heads_q, heads_kv, head_dim, head_dim_v, capacity = shape
     new = dict(dtype=torch.float16, device="cuda")
     q = torch.randn(batch, seqlen_q, heads_q, head_dim, **new)
     k = torch.randn(batch, capacity, heads_kv, head_dim, **new)
     v = torch.randn(batch, capacity, heads_kv, head_dim_v, **new)
+    if values_in_keys:
+        v = k[..., :head_dim_v]
     # The first sequence is full, so that the last rows of the allocation are read; one is empty.
     lengths = torch.tensor([capacity - 7 * i for i in range(batch)], dtype=torch.int32)
     if batch > 2:
@@ -52,7 +58,8 @@ def run(shape, units, page_size=None, options=None):
                 case = dict(q=q, k_cache=k, v_cache=v, cache_seqlens=given, **(options or {}))
                 call = case
                 if page_size is not None:
-                    call = paginate(case, page_size, spare_pages=0, spare_entries=0)
+                    layout = "values-in-keys" if values_in_keys else "plain"
+                    call = paginate(case, page_size, layout=layout, spare_pages=0, spare_entries=0)
                 out, lse = leanattn.decode(**call, counters=own, return_lse=True)
                 want, want_lse = reference(**case)
                 error = (out.double() - want).abs().max().item()

@@ -55,6 +55,18 @@ def test_every_row_tile(group_size, layout, device):
                         lengths=(1000, 300)))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lengths=None, batch=3, capacity=500),
+        dict(lengths=(5, 900, 32, 0)),
+        dict(lengths=(1500,)),
+    ],
+)
+def test_latent(options, layout, device, dtype):
+    check(make_case(device, dtype, heads=(16, 1), dims=(576, 512), values_in_keys=True, **options))
+
+
 @pytest.mark.parametrize("name", ["uniform", "ragged", "row-blocks"])
 def test_same_bits_in_every_run_and_counters_stay_zero(name, layout, device):
     case = make_case(device, torch.bfloat16, dims=(128, 128), **CASES[name])
