@@ -372,7 +372,19 @@ void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
 
 void decode_check(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode");
-  check_arguments(check, LEANATTN_PACK_ARGUMENTS);
+  const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
+  check_arguments(check, arguments);
+#ifdef LEANATTN_WITH_CUDA
+  if (!arguments.q.is_cuda()) return;
+  const int device = arguments.q.get_device_index();
+  const DeviceGuard guard(device);
+  DecodeParams params{};  // all that the choice of a kernel depends on
+  params.cache_type = cache_type_of(arguments.k_cache);
+  params.head_dim = static_cast<int>(arguments.k_cache.size(3));
+  params.head_dim_v = static_cast<int>(arguments.v_cache.size(3));
+  params.batch_invariant = arguments.batch_invariant;
+  rows_per_item_for(params, 1, device);  // throws where none has room
+#endif
 }
 
 }  // namespace leanattn

@@ -17,6 +17,8 @@ _torch_sdpa = torch.nn.functional.scaled_dot_product_attention
 MAX_QUERIES = 16  # beyond, a call is a prefill: bound by arithmetic, which SDPA is made for
 MAX_HEAD_DIM, MAX_HEAD_DIM_V = 576, 512
 MIN_CAPABILITY = (8, 0)
+# Up to here GPUs with 99 KB of shared memory a CTA have room: 8.6, 8.9, and from 12.0 on.
+MAX_HEAD_DIM_OF_SMALL_GPUS = 256
 
 _HAS_CUDA_KERNELS = _ops.build_info().split(";")[1] != "cpu"
 
@@ -119,9 +121,13 @@ def unsupported(query, key, value):
     if device == "cuda":
         if not _HAS_CUDA_KERNELS:
             return "this build of leanattn has no CUDA kernels"
-        capability = torch.cuda.get_device_properties(query.device)
-        if (capability.major, capability.minor) < MIN_CAPABILITY:
+        properties = torch.cuda.get_device_properties(query.device)
+        capability = (properties.major, properties.minor)
+        if capability < MIN_CAPABILITY:
             return "the GPU's compute capability is below 8.0"
+        is_small = capability in ((8, 6), (8, 9)) or capability >= (12, 0)
+        if is_small and max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM_OF_SMALL_GPUS:
+            return "the GPU has no room for head dims beyond 256 in its shared memory"
     elif device != "cpu":
         return "the device is neither CUDA nor CPU"
     narrow = dtype in (torch.float16, torch.bfloat16)

@@ -1,8 +1,11 @@
 """scaled_dot_product_attention: torch's results, and the way that the decision table says."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reference import COSINE_TOLERANCE
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import leanattn
@@ -295,3 +298,23 @@ def test_active_in_torch(device, monkeypatch):
     with torch.nn.attention.sdpa_kernel(flash), torch.no_grad():
         torch_sdpa(*step, enable_gqa=True)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize("capability, taken", [((8, 0), True), ((8, 9), False), ((9, 0), True)])
+def test_wide_heads_go_to_torch_where_they_have_no_room(capability, taken, monkeypatch):
+    """Where the op itself would raise. The tensors have shapes and a device, and no GPU."""
+    major, minor = capability
+    monkeypatch.setattr(leanattn.sdpa, "_HAS_CUDA_KERNELS", True)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(major=major, minor=minor),
+    )
+
+    def reason(dim):
+        with FakeTensorMode():
+            tensors = [torch.empty(1, 1, 8, dim, dtype=torch.float16, device="cuda")] * 3
+            return leanattn.sdpa.unsupported(*tensors)
+
+    assert reason(256) is None
+    assert (reason(264) is None) == taken

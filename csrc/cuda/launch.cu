@@ -163,7 +163,7 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
   };
   constexpr bool kHasWgmma = !std::is_same_v<CacheElement, Float8>;
   if constexpr (kHeadDim == kMaxHeadDim) {
-    // Up to 16 rows cost the same there, whatever their number.
+    // Fewer rows, and by mma more than 16 at a time, have no kernel of their own.
     with.template operator()<16, Kind::kMma>();
     with.template operator()<16, Kind::kTree>();
     if constexpr (kHasWgmma) with.template operator()<64, Kind::kWgmma>();

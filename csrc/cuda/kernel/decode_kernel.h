@@ -137,7 +137,7 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
   });
 }
 
-// A producer warp's whole life. By bulk copies the first alone has one.
+// The whole life of a producer warp by bulk copies, which is the first one.
 template <class Traits>
 __device__ __forceinline__ void produce_share(const DecodeParams& params, const TensorMaps& maps,
                                               const Place& place, int unit,
@@ -150,6 +150,7 @@ __device__ __forceinline__ void produce_share(const DecodeParams& params, const 
   ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
 }
 
+// The same of each of the two by cp.async: a half of every tile.
 template <class Traits>
 __device__ __forceinline__ void produce_half_share(const DecodeParams& params,
                                                    const TensorMaps& maps, const Place& place,

@@ -96,8 +96,6 @@ class PagedLoader {
 template <class Traits>
 class PagedTmaLoader : public PagedLoader<Traits> {
  public:
-  static constexpr int kArrivals = 1;
-
   __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
       : PagedLoader<Traits>(pages), maps_(maps) {}
 
@@ -147,8 +145,6 @@ class PagedTmaLoader : public PagedLoader<Traits> {
 template <class Traits>
 class PagedCpAsyncLoader : public PagedLoader<Traits> {
  public:
-  static constexpr int kArrivals = 64;
-
   using PagedLoader<Traits>::PagedLoader;
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,

@@ -72,8 +72,6 @@ struct WarpState {
 template <class Traits, class Element>
 class MainLoop {
  public:
-  using Place = WarpPlace<Traits>;
-  using State = WarpState<Traits>;
   static constexpr int kTokenSteps = Traits::kTokenSteps;
   static constexpr int kRowSteps = Traits::kRowSteps;
   static constexpr int kDimSteps = Traits::kDimSteps;
