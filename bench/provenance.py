@@ -17,8 +17,9 @@ import torch
 import leanattn
 from bench import ROOT
 
-VARIABLES = ("LEANATTN_LOADER", "LEANATTN_MMA", "LEANATTN_LAYOUT", "LEANATTN_NUM_UNITS",
-             "LEANATTN_PDL", "LEANATTN_CHECK", "CUDA_VISIBLE_DEVICES")  # fmt: skip
+VARIABLES = ("LEANATTN_LOADER", "LEANATTN_MMA", "LEANATTN_HEAD_PAIRS", "LEANATTN_LAYOUT",
+             "LEANATTN_NUM_UNITS", "LEANATTN_PDL", "LEANATTN_CHECK",
+             "CUDA_VISIBLE_DEVICES")  # fmt: skip
 PEER_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "flashinfer-python", "flash-attn",
                  "flash-attn-3", "triton")  # fmt: skip
 

@@ -29,6 +29,7 @@ KNOBS = {
     ),
     "LEANATTN_LOADER": ("tma", "cp_async"),
     "LEANATTN_MMA": ("wgmma", "mma"),
+    "LEANATTN_HEAD_PAIRS": ("0", "1"),
 }
 ALLOWED_LOSS = 0.03
 

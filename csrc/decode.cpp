@@ -14,6 +14,7 @@
 #include "cost_model.h"
 #include "cpu/decode_cpu.h"
 #include "decode_check.h"
+#include "head_pairs.h"
 #include "params.h"
 #include "tensor_params.h"
 #include "torch_parallel_for.h"
@@ -258,9 +259,15 @@ LayoutChoice forced_layout(const Checker& check, const DecodeParams& p, const It
   return choice;
 }
 
-void plan_layout(const Checker& check, DecodeParams& p, int device) {
-  const Problem& problem = p.problem;
-  const Machine machine = machine_for(p, device);
+// Sets rows_per_item, for as many rows as a sequence has of a KV head, and the layout. Returns what the
+// cost model says of it, us; 0 where there is no choice.
+double plan(const Checker& check, DecodeParams& p, int64_t rows, int device) {
+  Problem& problem = p.problem;
+  set_rows_per_item(problem, rows_per_item_for(p, rows, device));
+  check_tiles(check, p);
+  Machine machine = machine_for(p, device);
+  if (can_pair_heads(p, rows)) machine.bytes_per_us *= kShortRowSpeed;
+  double us = 0.0;
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
   if (problem.cu_seqlens_q) {
@@ -280,8 +287,24 @@ void plan_layout(const Checker& check, DecodeParams& p, int device) {
     }
     p.layout = choice.layout;
     p.is_clustered = choice.is_clustered;
+    us = choice.us;
   }
   if (p.is_uniform) p.uniform = make_uniform_line(problem, p.layout.num_units);
+  return us;
+}
+
+// The same with pairs of heads, where they can be and are expected to be no slower.
+void plan_with_pairs(const Checker& check, DecodeParams& p, int64_t rows, int device) {
+  const std::string_view forced = environment("LEANATTN_HEAD_PAIRS");
+  check.require(forced.empty() || forced == "0" || forced == "1", "LEANATTN_HEAD_PAIRS",
+                "must be '0', '1' or unset, got '", forced, "'");
+  const double us = plan(check, p, rows, device);
+  // By themselves only where their gain was measured; a CTA of smaller GPUs has little room for long rows.
+  const bool wanted = forced.empty() ? device_limits(device).capability >= 90 : forced == "1";
+  if (!wanted || !can_pair_heads(p, rows)) return;
+  DecodeParams pairs = pair_heads(p);
+  const double pairs_us = plan(check, pairs, 2 * rows, device);
+  if (forced == "1" || pairs_us <= us) p = pairs;
 }
 
 void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
@@ -296,9 +319,7 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   }
   // Batch-invariant: by the model alone, not by the queries.
   if (p.batch_invariant) rows = std::min<int64_t>(problem.group_size, kFoldRows);
-  set_rows_per_item(problem, rows_per_item_for(p, rows, device));
-  check_tiles(check, p);
-  plan_layout(check, p, device);
+  plan_with_pairs(check, p, rows, device);
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
   launch_decode(p, num_counters(p), workspace.has_counters, device, stream);

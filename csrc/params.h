@@ -50,6 +50,7 @@ struct DecodeParams {
   const void* v;  // [B, S, Hkv, Dv], or paged [num_pages, page_size, Hkv, Dv]
   int64_t v_batch_stride, v_seq_stride, v_head_stride, v_dim_stride;
   bool values_in_keys;  // v is k's first Dv columns
+  bool head_pairs;      // D, Dv, Hkv and the caches' strides are of pairs of heads: head_pairs.h
   // The page of each page_size tokens of a sequence, or null: contiguous caches. Entries of pages
   // that no query sees are never read. The caches' batch strides are strides of pages.
   const int32_t* block_table;  // [B, max_pages]

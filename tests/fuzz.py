@@ -110,8 +110,12 @@ def append_kv(**arguments):
 
 @contextlib.contextmanager
 def environment(case):
-    """The variables that force units and loader, for one case."""
-    forced = {"LEANATTN_NUM_UNITS": case.units, "LEANATTN_LOADER": case.loader}
+    """The variables that force units, loader and pairs of heads, for one case."""
+    forced = {
+        "LEANATTN_NUM_UNITS": case.units,
+        "LEANATTN_LOADER": case.loader,
+        "LEANATTN_HEAD_PAIRS": case.head_pairs,
+    }
     before = {name: os.environ.pop(name, None) for name in forced}
     os.environ.update({name: str(value) for name, value in forced.items() if value is not None})
     try:

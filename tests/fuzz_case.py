@@ -83,6 +83,7 @@ class Case:
     counters: bool
     units: int | None  # LEANATTN_NUM_UNITS
     loader: str | None  # LEANATTN_LOADER
+    head_pairs: str | None  # LEANATTN_HEAD_PAIRS
     mean: float
     scale_q: float
     poison: str | None  # None: keys that no query sees hold numbers like the others
@@ -178,6 +179,7 @@ def draw(seed, index, device="cpu"):
         batch_invariant=likely(0.2), counters=likely(0.3),
         units=rng.choice([None, None, 1, 2, 3, 5, 16, 64, 1000]),
         loader="cp_async" if device == "cuda" and likely(0.4) else None,
+        head_pairs=rng.choice([None, "0", "1"]) if device == "cuda" else None,
         mean=rng.choice([0.0, 0.0, 0.5, 2.0]), scale_q=scale_q,
         poison=rng.choice(["nan", "nan", *infinities, None, None]),
         needles=rng.choice([0, 1, 2, 4, 8]), specials=specials,

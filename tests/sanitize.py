@@ -32,10 +32,12 @@ CALLS = [
     dict(shape=(2, 1, 16, 1, 576, 512, 300), units=5, values_in_keys=True),
     dict(shape=(2, 2, 20, 1, 576, 512, 300), units=3, options=dict(window_left=100)),
     dict(shape=(2, 1, 40, 1, 576, 512, 300), units=3, page_size=24, values_in_keys=True),
+    dict(shape=(3, 1, 8, 4, 64, 64, 300), units=5, head_pairs=True),
+    dict(shape=(2, 2, 8, 2, 64, 64, 300), units=64, page_size=24, head_pairs=True),
 ]
 
 
-def run(shape, units, page_size=None, values_in_keys=False, options=None):
+def run(shape, units, page_size=None, values_in_keys=False, head_pairs=False, options=None):
     batch, seqlen_q, heads_q, heads_kv, head_dim, head_dim_v, capacity = shape
     new = dict(dtype=torch.float16, device="cuda")
     q = torch.randn(batch, seqlen_q, heads_q, head_dim, **new)
@@ -49,6 +51,7 @@ def run(shape, units, page_size=None, values_in_keys=False, options=None):
         lengths[1] = 0
     lengths = lengths.cuda()
     os.environ["LEANATTN_NUM_UNITS"] = str(units)
+    os.environ["LEANATTN_HEAD_PAIRS"] = str(int(head_pairs))
     counters = leanattn.counters("cuda", 64)
     for loader in ("tma", "cp_async"):
         os.environ["LEANATTN_LOADER"] = loader

@@ -57,16 +57,18 @@ def emulate(emulated_kernel):
         return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.uint16).numpy()
 
     def emulate(
-        case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False
-    ):
+        case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False,
+        head_pairs=False,
+    ):  # fmt: skip
         q = case["q"]
         num_units, items_per_team, team_size, clustered = layout
         if num_units is None:
             table = case.get("block_table", case["k_cache"])
-            group_size = q.shape[-2] // case["k_cache"].shape[2]
+            heads_kv = case["k_cache"].shape[2] // (2 if head_pairs else 1)
+            group_size = q.shape[-2] // heads_kv
             queries = q.shape[1] if q.dim() == 4 else 1
             blocks = -(-queries * group_size // rows)
-            items = table.shape[0] * case["k_cache"].shape[2] * blocks
+            items = table.shape[0] * heads_kv * blocks
             num_units = -(-items // items_per_team) * team_size
         arrays = {
             name: case[name].numpy() if name in case else None
@@ -79,7 +81,7 @@ def emulate(emulated_kernel):
             clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
             seed=seed, bf16=q.dtype == torch.bfloat16,
             e5m2=case["k_cache"].dtype == torch.float8_e5m2,
-            batch_invariant=case.get("batch_invariant", False),
+            batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs,
         )  # fmt: skip
         out = torch.from_numpy(out).view(q.dtype).view(*q.shape[:-1], -1)
         return out, torch.from_numpy(lse).view(q.shape[:-1])
@@ -196,6 +198,84 @@ def test_batch_invariant_has_the_same_bits_in_every_layout(group_size, rows, dim
         for out, lse in results[1:]:
             assert_same_bits(out, results[0][0])
             assert_same_bits(lse, results[0][1])
+
+
+@pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rows, heads", [(8, (2, 2)), (8, (12, 4)), (16, (16, 2))])
+def test_head_pairs(rows, heads, layout, tma, emulate):
+    case = make_case("cpu", torch.float16, heads=heads, lengths=(300, 5, 0, 700))
+    hold(emulate(case, rows, LAYOUTS[layout], tma=tma, head_pairs=True), case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_head_pairs_with_several_queries(dtype, emulate):
+    for rows, heads, options in [
+        (8, (4, 4), dict(lengths=(500, 3), seqlen_q=4, window_left=130)),
+        (16, (4, 2), dict(lengths=None, batch=2, capacity=270, seqlen_q=3)),
+        (8, (4, 2), dict(lengths=(640, 129, 77), query_lengths=(3, 0, 5))),
+    ]:
+        case = make_case("cpu", dtype, heads=heads, **options)
+        hold(emulate(case, rows, LAYOUTS["stream-k-3"], head_pairs=True), case)
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_head_pairs_in_pages(page_size, emulate):
+    case = make_case("cpu", torch.float16, heads=(8, 4), lengths=(300, 5, 0, 450))
+    paged = paginate(case, page_size)
+    for tma in {False, page_size % 8 == 0}:
+        hold(emulate(paged, 8, LAYOUTS["stream-k-3"], tma=tma, head_pairs=True), case)
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf])
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("head", [0, 1])
+def test_nan_stays_with_its_head_of_a_pair(head, cache, special, emulate):
+    for layout in ("stream-k-3", "clusters-of-2"):
+        case = make_case("cpu", torch.float16, heads=(4, 2), lengths=(300, 130))
+        case[cache][0, 290, head, 5] = special
+        out, lse = emulate(case, 8, LAYOUTS[layout], head_pairs=True)
+        hold((out, lse), case)
+        is_hit = torch.zeros(lse.shape, dtype=torch.bool)
+        is_hit[0, 0, 2 * head : 2 * head + 2] = True
+        assert out[~is_hit].isfinite().all() and lse[~is_hit].isfinite().all()
+        if special is torch.nan:  # a score of -inf is a number like any other
+            assert (out.isnan().any(-1) == is_hit).all()
+
+
+@pytest.mark.parametrize("rows, heads, dim", [(8, (4, 2), 64), (16, (6, 2), 128)])
+def test_head_pairs_of_float8_have_a_scale_each(rows, heads, dim, emulate):
+    for cache in FLOAT8.values():
+        case = make_case("cpu", torch.bfloat16, heads=heads, dims=(dim, dim), lengths=(300, 5, 0),
+                         cache_dtype=cache, scales="batch")  # fmt: skip
+        hold(emulate(case, rows, LAYOUTS["stream-k-3"], head_pairs=True), case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(heads=(6, 3)),
+        dict(heads=(18, 2)),
+        dict(heads=(4, 2), seqlen_q=5),
+        dict(heads=(4, 2), dims=(64, 56)),
+        dict(heads=(4, 2), dims=(56, 56)),
+        dict(heads=(4, 2), dims=(128, 128)),
+        dict(heads=(4, 2), batch_invariant=True),
+    ],
+    ids=str,
+)
+def test_heads_that_are_no_pairs(options, emulate):
+    case = make_case("cpu", torch.float16, **options)
+    with pytest.raises(ValueError, match="no pairs"):
+        emulate(case, 8, LAYOUTS["stream-k-3"], head_pairs=True)
+
+
+def test_heads_apart_are_no_pairs(emulate):
+    case = make_case("cpu", torch.float16, heads=(4, 2))
+    for name in ("k_cache", "v_cache"):
+        apart = {**case, name: case[name].transpose(1, 2).contiguous().transpose(1, 2)}
+        with pytest.raises(ValueError, match="no pairs"):
+            emulate(apart, 8, LAYOUTS["stream-k-3"], head_pairs=True)
 
 
 FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -352,6 +432,8 @@ def random_call(seed):
         layout = "values-in-keys" if options["values_in_keys"] else "plain"
         call = paginate(case, page_size, layout=layout)
     call["batch_invariant"] = rows <= 16 and random.random() < 0.3
+    few_rows = group_size * options["seqlen_q"] <= 8 and not wgmma
+    may_pair = dims == (64, 64) and heads_kv == 2 and few_rows and not call["batch_invariant"]
     kinds = ["stream-k"] if ragged_queries else ["stream-k", "whole", "teams", "clusters"]
     kind = random.choice(kinds[:3] if call["batch_invariant"] else kinds)
     if kind == "stream-k":
@@ -365,12 +447,13 @@ def random_call(seed):
         stages=random.choice([2, 3, 5]) if max(dims) <= 64 else 3,
         slack_tiles=random.choice([0, 1 << 20]),
         wgmma=wgmma,
+        head_pairs=may_pair and random.random() < 0.7,
         seed=seed,
     )
     return case, call, rows, layout, more
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(80))
 def test_random_calls(seed, emulate):
     case, call, rows, layout, more = random_call(seed)
     hold(emulate(call, rows, layout, **more), case)

@@ -28,16 +28,16 @@ using Bits = py::array_t<uint16_t, py::array::c_style>;  // of float16 or bfloat
 using Ints = py::array_t<int32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-// Of a cache, [B, S, Hkv, D] or paged; any strides but of D.
-CUtensorMap make_map(const py::array& cache, int box_rows) {
+// Of a cache, [B, S, Hkv, D] or paged; any strides but of D. heads: that count as one.
+CUtensorMap make_map(const py::array& cache, int heads, int box_rows) {
   const auto extent = [&](int i) { return static_cast<int64_t>(cache.shape(i)); };
   const auto stride = [&](int i) {
     return static_cast<int64_t>(cache.strides(i) / cache.itemsize());
   };
   emulator::TensorMap map{static_cast<const uint8_t*>(cache.data()),
                           static_cast<int>(cache.itemsize()),
-                          {extent(3), extent(1), extent(2), extent(0)},
-                          {1, stride(1), stride(2), stride(0)},
+                          {extent(3) * heads, extent(1), extent(2) / heads, extent(0)},
+                          {1, stride(1), stride(2) * heads, stride(0)},
                           box_rows};
   CUtensorMap memory{};
   std::memcpy(static_cast<void*>(&memory), &map, sizeof(map));
@@ -63,8 +63,8 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
                  std::optional<Ints> cache_seqlens, std::optional<Ints> block_table,
                  std::optional<Ints> cu_seqlens_q, int window_left, int window_right, float scale,
                  int rows, int num_units, int items_per_team, int team_size, bool clustered,
-                 int slack_tiles, bool batch_invariant, bool tma, int stages, bool wgmma,
-                 int seed) {
+                 int slack_tiles, bool batch_invariant, bool head_pairs, bool tma, int stages,
+                 bool wgmma, int seed) {
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
@@ -91,13 +91,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   problem.total_q = ragged ? static_cast<int>(q.shape(0)) : 0;
   problem.capacity = static_cast<int>(k.shape(1) * (block_table ? block_table->shape(1) : 1));
   problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
-  problem.rows_per_item = rows;
-  problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
   problem.mask = {window_left, window_right};
-  p.layout = {num_units, items_per_team, team_size, num_units, slack_tiles};
-  p.is_clustered = clustered;
-  p.is_uniform = !cache_seqlens && !ragged;
-  if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);
 
   const int64_t heads = p.num_heads_q;
   p.q = q.data();
@@ -114,6 +108,19 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   p.v_seq_stride = v.strides(1) / v.itemsize();
   p.v_batch_stride = v.strides(0) / v.itemsize();
   p.values_in_keys = p.v == p.k && p.head_dim_v <= p.head_dim;
+  p.batch_invariant = batch_invariant;
+  if (head_pairs) {
+    if (!can_pair_heads(p, int64_t{problem.seqlen_q} * problem.group_size)) {
+      throw std::invalid_argument("no pairs of these heads");
+    }
+    p = pair_heads(p);
+  }
+  problem.rows_per_item = rows;
+  problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
+  p.layout = {num_units, items_per_team, team_size, num_units, slack_tiles};
+  p.is_clustered = clustered;
+  p.is_uniform = !cache_seqlens && !ragged;
+  if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);
   if (block_table) {
     p.block_table = block_table->data();
     p.block_table_batch_stride = block_table->shape(1);
@@ -122,12 +129,13 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
     p.page_size = static_cast<int>(k.shape(1));
   }
   const int64_t query_rows = ragged ? problem.total_q : int64_t{problem.batch} * problem.seqlen_q;
-  py::array_t<uint16_t> out({query_rows, heads, int64_t{p.head_dim_v}});
+  const int64_t head_dim_v = v.shape(3);
+  py::array_t<uint16_t> out({query_rows, heads, head_dim_v});
   py::array_t<float> lse({query_rows, heads});
   std::fill_n(out.mutable_data(), out.size(), 0x7e01);
   p.out = out.mutable_data();
-  p.out_head_stride = p.head_dim_v;
-  p.out_seq_stride = heads * p.head_dim_v;
+  p.out_head_stride = head_dim_v;
+  p.out_seq_stride = heads * head_dim_v;
   p.out_batch_stride = ragged ? 0 : problem.seqlen_q * p.out_seq_stride;
   p.lse = lse.mutable_data();
   p.lse_head_stride = 1;
@@ -135,7 +143,6 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   p.lse_batch_stride = ragged ? 0 : problem.seqlen_q * heads;
   p.softmax_scale = scale;
 
-  p.batch_invariant = batch_invariant;
   const int tiles = ceil_div(problem.capacity, 1 << problem.tile_tokens_log2);
   p.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
   const int64_t partial_rows = int64_t{num_units} * 2 * p.max_nodes * rows;
@@ -160,8 +167,13 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
     maps.usable = true;
     maps.tile_box_rows_log2 = box_log2;
     maps.rows_box_rows_log2 = std::min(box_log2, kBoxRowsLog2);
-    maps.k = {make_map(k, 1 << box_log2), make_map(k, 1 << maps.rows_box_rows_log2)};
-    maps.v = {make_map(v, 1 << box_log2), make_map(v, 1 << maps.rows_box_rows_log2)};
+    const auto make_maps = [&](const py::array& cache) {
+      const int heads = head_pairs ? 2 : 1;
+      return CacheMaps{make_map(cache, heads, 1 << box_log2),
+                       make_map(cache, heads, 1 << maps.rows_box_rows_log2)};
+    };
+    maps.k = make_maps(k);
+    maps.v = make_maps(v);
   }
   const int fold_levels = batch_invariant ? 1 : 0;
   const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
@@ -169,12 +181,13 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = Float16>() {
     const bool of_float8 = std::is_same_v<CacheElement, Float8>;
     if (padded != kHeadDim || rows != kRows || kind != kKind || float8 != of_float8) return;
-    launch<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels,
-                                                                       seed);
+    launch<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels, seed);
     found = true;
   };
   with.template operator()<64, 8, Kind::kMma>();
   with.template operator()<64, 16, Kind::kMma>();
+  with.template operator()<128, 8, Kind::kMma>();
+  with.template operator()<128, 16, Kind::kMma>();
   with.template operator()<128, 32, Kind::kMma>();
   with.template operator()<256, 8, Kind::kMma>();
   with.template operator()<64, 8, Kind::kTree>();
@@ -210,6 +223,7 @@ PYBIND11_MODULE(emulated_kernel, m) {
         py::arg("v_scale") = py::none(), py::arg("cache_seqlens"), py::arg("block_table"),
         py::arg("cu_seqlens_q"), py::arg("window_left"), py::arg("window_right"), py::arg("scale"),
         py::arg("rows"), py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
-        py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"), py::arg("tma"),
-        py::arg("stages"), py::arg("wgmma"), py::arg("seed"));
+        py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"),
+        py::arg("head_pairs") = false, py::arg("tma"), py::arg("stages"), py::arg("wgmma"),
+        py::arg("seed"));
 }

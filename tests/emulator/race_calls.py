@@ -58,6 +58,8 @@ def mma(module):
     decode(module, STREAM_K[1], 16, 64, heads=(20, 2), seqlen_q=2)
     decode(module, STREAM_K[1], 32, 128, heads=(20, 1))
     decode(module, STREAM_K[1], 8, 256)
+    for layout in (STREAM_K[1], CLUSTERS[0]):
+        decode(module, layout, 8, 64, heads=(8, 4), head_pairs=True)
 
 
 def float8(module):

@@ -1,6 +1,6 @@
 // The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
 // the producer warps copy and the consumer warps compute it, segment by segment.
-// Reading order: schedule.h, softmax_state.h, traits.h, ring.h, task_queue.h, loaders.h,
+// Reading order: schedule.h, softmax_state.h, head_pairs.h, traits.h, ring.h, task_queue.h, loaders.h,
 // loaders_paged.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h,
 // fixup.h, cluster_fixup.h, tree_fixup.h.
 #pragma once

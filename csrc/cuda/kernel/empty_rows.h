@@ -12,7 +12,7 @@ template <class Traits>
 __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int seq, int q_row,
                                                 int head, float lse) {
   Float16* out = static_cast<Float16*>(params.out) + out_offset(params, seq, q_row, head);
-  for (int dim = threadIdx.x % 32 * 8; dim < params.head_dim_v; dim += 32 * 8) {
+  for (int dim = threadIdx.x % 32 * 8; dim < out_head_dim(params); dim += 32 * 8) {
     *reinterpret_cast<uint4*>(out + dim) = uint4{};
   }
   if (threadIdx.x % 32 == 0 && params.lse) params.lse[lse_offset(params, seq, q_row, head)] = lse;

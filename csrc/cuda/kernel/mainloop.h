@@ -97,10 +97,13 @@ class MainLoop {
     for (int n = 0; n < kRowSteps; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        position_[n][c] = scoring_.position_of_row(place_.row(n, c));
+        const QueryRow row = query_row(params_, segment, place_.row(n, c));
+        position_[n][c] = row.position;
+        if constexpr (Traits::kPairsHeads) half_[n][c] = half_of_pair(params_, row.head);
         if constexpr (Traits::kFloat8) {
-          factor_[n][c] = task.q_factors[place_.row(n, c)] *
-                          scale_of(params_.k_scale, segment.seq, segment.head);
+          factor_[n][c] =
+              task.q_factors[place_.row(n, c)] *
+              scale_of(params_.k_scale, segment.seq, own_kv_head(params_, segment, row.head));
         }
       }
     }
@@ -195,8 +198,10 @@ class MainLoop {
   }
 
   __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
-    // A single accumulator would make one long chain of dependent mma: two chains, even and odd.
-    constexpr int kChains = kTokenSteps * kRowSteps == 1 ? 2 : 1;
+    // A single accumulator would make one long chain of dependent mma. Two are also what pairs of heads
+    // need, one for each half of D.
+    constexpr int kChains = Traits::kPairsHeads || kTokenSteps * kRowSteps == 1 ? 2 : 1;
+    constexpr int kChainSteps = kWarpDepthSteps / kChains;
     float chains[kChains][kTokenSteps][kRowSteps][4] = {};
 #pragma unroll
     for (int i = 0; i < kTokenSteps; ++i) {
@@ -217,7 +222,7 @@ class MainLoop {
             load_query(n, depth, b[0], b[1]);
           }
           for (int d = 0; d < 2; ++d) {
-            mma_m16n8k16<Element>(chains[d % kChains][i][n], a[d], b[d]);
+            mma_m16n8k16<Element>(chains[(depth + d) / kChainSteps][i][n], a[d], b[d]);
           }
         }
       }
@@ -225,8 +230,14 @@ class MainLoop {
     for (int i = 0; i < kTokenSteps; ++i) {
       for (int n = 0; n < kRowSteps; ++n) {
         for (int e = 0; e < 4; ++e) {
-          scores[i][n][e] = chains[0][i][n][e];
-          if constexpr (kChains == 2) scores[i][n][e] += chains[1][i][n][e];
+          if constexpr (kChains == 1) {
+            scores[i][n][e] = chains[0][i][n][e];
+          } else if (Traits::kPairsHeads && params_.head_pairs) {
+            scores[i][n][e] = chains[0][i][n][e];
+            if (half_[n][e % 2]) scores[i][n][e] = chains[1][i][n][e];
+          } else {
+            scores[i][n][e] = chains[0][i][n][e] + chains[1][i][n][e];
+          }
         }
       }
     }
@@ -412,6 +423,7 @@ class MainLoop {
   const uint8_t* q_smem_;  // [kHeadDim / 64, kRows, 64], swizzled
   const Segment* segment_;
   int position_[kRowSteps][2];  // of this lane's rows
+  bool half_[kRowSteps][2];     // of a pair of heads: theirs
   float factor_[kRowSteps][2];  // with float8 caches: of their products
   uint32_t query_[Traits::kQueryInRegisters ? kRowSteps : 1]
                  [Traits::kQueryInRegisters ? kWarpDepthSteps : 2][2];

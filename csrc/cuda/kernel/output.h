@@ -44,6 +44,12 @@ template <class Traits>
 __device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
                                            int item_row, int dim, QuadState state) {
   const QueryRow row = query_row(params, segment, item_row);
+  if constexpr (Traits::kPairsHeads) {
+    if (params.head_pairs) {
+      dim -= half_of_pair(params, row.head) * (Traits::kHeadDimV / 2);
+      if (dim < 0 || dim >= Traits::kHeadDimV / 2) return;  // the other head's
+    }
+  }
   const int q_row = segment.sequence.query_begin + row.query;
   const bool wants_lse = dim == 0 && params.lse;
   float lse = 0.0f;
@@ -57,7 +63,7 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   if (wants_lse) params.lse[lse_offset(params, segment.seq, q_row, row.head)] = lse;
   float factor = inverse_of(state.sum);
   if constexpr (Traits::kFloat8) {
-    factor *= scale_of(params.v_scale, segment.seq, segment.head);
+    factor *= scale_of(params.v_scale, segment.seq, own_kv_head(params, segment, row.head));
   }
   const uint2 packed = params.element_type == ElementType::kBFloat16
                            ? pack_quad<__nv_bfloat16>(state.o, factor)

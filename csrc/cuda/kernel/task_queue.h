@@ -94,10 +94,14 @@ class TaskQueue {
     for (int i = threadIdx.x % 32; i < Traits::kRows * kRowChunks; i += 32) {
       const int row = i / kRowChunks;
       const int chunk = i % kRowChunks;
-      const bool inside = row < rows && chunk * 8 < params.head_dim;
-      const QueryRow r = query_row(params, segment, inside ? row : 0);
+      const QueryRow r = query_row(params, segment, row < rows ? row : 0);
+      int column = chunk * 8;
+      const bool inside = row < rows && column < params.head_dim;
+      if constexpr (Traits::kPairsHeads) {
+        if (params.head_pairs) column %= Traits::kHeadDim / 2;  // in both halves
+      }
       const Float16* source = q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) +
-                              (inside ? chunk * 8 : 0);
+                              (inside ? column : 0);
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
           *reinterpret_cast<const uint4*>(source),
           *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk)),

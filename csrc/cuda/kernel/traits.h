@@ -29,8 +29,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "../../head_pairs.h"
 #include "../../host_device.h"
-#include "../../params.h"
 
 namespace leanattn {
 
@@ -118,6 +118,10 @@ struct DecodeTraits {
   static constexpr int kStepTokens = min_of(kTile, 64);
   static constexpr int kSteps = kSliceTokens / kStepTokens;
   static_assert(!kWgmma || kSteps * kStepTokens == kSliceTokens, "a slice is whole steps");
+
+  // Whether two KV heads may be one: head_pairs.h. Their products need a sum each.
+  static constexpr bool kPairsHeads = kKind == Kind::kMma && kRows <= kMaxPairRows &&
+                                      kHeadDim >= 128 && kHeadDim * sizeof(CacheElement) <= 256;
 
   // Of mma: q stays in registers where it leaves room for the accumulators, else it is read again
   // from shared memory for every tile.
