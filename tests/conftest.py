@@ -1,9 +1,13 @@
 """Devices, loaders and dtypes of the suite: `device` alone runs a test on the CPU and on CUDA;
 `loader` beside it runs CUDA once a loader; `dtype` runs every dtype that the device takes."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
+
+# Read as torch is loaded: one worker's threads must not spin on the cores of the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
