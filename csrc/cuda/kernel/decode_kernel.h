@@ -161,6 +161,7 @@ __device__ __forceinline__ void produce_half_share(const DecodeParams& params,
   const PageQueue<Traits> pages(params, walker, part, smem.page_ids[second]);
   const EitherLoader loader(params, CpAsyncLoader<Traits>{part}, PagedCpAsyncLoader<Traits>(pages));
   produce(params, maps, walker, loader, ring);
+  cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
   ptx::let_next_kernel_launch();
 }
 

@@ -55,7 +55,8 @@ class TaskQueue {
   // Task warp, once, after the last push.
   __device__ __forceinline__ void close() {
     Task& task = wait_for_room();
-    ptx::cp_async_mbarrier_arrive_noinc(&smem_.task_full[position_.stage]);
+    cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
+    ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
     if (threadIdx.x % 32 == 0) {
       task.num_rows = 0;
       ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
