@@ -22,7 +22,7 @@ demo: build
 
 # PATH: what the tests compile themselves, they compile with the environment's ninja.
 test: build
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest -n auto $(ARGS)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest -n auto --dist worksteal $(ARGS)
 
 build: $(VENV)/built
 
