@@ -266,7 +266,7 @@ double plan(const Checker& check, DecodeParams& p, int64_t rows, int device) {
   set_rows_per_item(problem, rows_per_item_for(p, rows, device));
   check_tiles(check, p);
   Machine machine = machine_for(p, device);
-  if (can_pair_heads(p, rows)) machine.bytes_per_us *= kShortRowSpeed;
+  if (can_pair_heads(p, rows)) machine.bytes_per_us *= kShortRowSpeed;  // what pairs compete with
   double us = 0.0;
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(check, problem, machine.num_sms);
@@ -289,22 +289,25 @@ double plan(const Checker& check, DecodeParams& p, int64_t rows, int device) {
     p.is_clustered = choice.is_clustered;
     us = choice.us;
   }
-  if (p.is_uniform) p.uniform = make_uniform_line(problem, p.layout.num_units);
   return us;
 }
 
-// The same with pairs of heads, where they can be and are expected to be no slower.
+// The same, with pairs of heads where they can be and are expected to be no slower; and the line of the
+// layout that it came to.
 void plan_with_pairs(const Checker& check, DecodeParams& p, int64_t rows, int device) {
   const std::string_view forced = environment("LEANATTN_HEAD_PAIRS");
   check.require(forced.empty() || forced == "0" || forced == "1", "LEANATTN_HEAD_PAIRS",
                 "must be '0', '1' or unset, got '", forced, "'");
   const double us = plan(check, p, rows, device);
-  // By themselves only where their gain was measured; a CTA of smaller GPUs has little room for long rows.
+  // By themselves not on older GPUs: what short rows cost is known of an H200 alone, and the smaller ones
+  // have little shared memory for long rows.
   const bool wanted = forced.empty() ? device_limits(device).capability >= 90 : forced == "1";
-  if (!wanted || !can_pair_heads(p, rows)) return;
-  DecodeParams pairs = pair_heads(p);
-  const double pairs_us = plan(check, pairs, 2 * rows, device);
-  if (forced == "1" || pairs_us <= us) p = pairs;
+  if (wanted && can_pair_heads(p, rows)) {
+    DecodeParams pairs = pair_heads(p);
+    const double pairs_us = plan(check, pairs, 2 * rows, device);
+    if (forced == "1" || pairs_us <= us) p = pairs;
+  }
+  if (p.is_uniform) p.uniform = make_uniform_line(p.problem, p.layout.num_units);
 }
 
 void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {

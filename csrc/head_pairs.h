@@ -7,8 +7,8 @@
 //
 // A pair's query rows are those of both heads. Each is multiplied by both halves, and has its own head's
 // half of the products q.k and of the output; the other is not added as zero but left out, since it may
-// be NaN. So a pair costs twice the arithmetic, which is free while its rows are few: cost_model.h
-// chooses.
+// be NaN. So a pair costs twice the arithmetic, which should hide behind the copies while its rows are
+// few, and its partials are twice as wide: cost_model.h chooses.
 //
 // DecodeParams describe the pairs as if they were the cache's heads: schedule, loaders and fixup know
 // nothing of them. Who does: TaskQueue puts q into both halves, MainLoop takes a row's half of the
@@ -19,7 +19,7 @@
 
 namespace leanattn {
 
-// Packed query rows that a pair's item may have: above, they take longer than the copies.
+// Packed query rows that a pair's item may have: with more the arithmetic should show.
 constexpr int kMaxPairRows = 16;
 
 // rows: packed query rows of a KV head.
