@@ -65,10 +65,10 @@ void check_dtypes(const Checker& check, const Arguments& a) {
   const ScalarType type = a.k.scalar_type();
   const ScalarType cache_type = a.k_cache.scalar_type();
   check.require(is_float(type), "k", "must be Half or BFloat16 (Float too on the CPU), got ",
-                toString(type), " on ", device_string(a.k));
+                toString(type), " on ", device_of(a.k));
   check.require(is_float(cache_type) || is_fp8(a.k_cache), "k_cache",
                 "must be Half, BFloat16, Float8_e4m3fn or Float8_e5m2 (Float too on the CPU), got ",
-                toString(cache_type), " on ", device_string(a.k_cache));
+                toString(cache_type), " on ", device_of(a.k_cache));
   check.dtype(a.v, "v", type);
   check.dtype(a.v_cache, "v_cache", cache_type);
   check.dtype(a.cache_seqlens, "cache_seqlens", ScalarType::Int);
@@ -92,45 +92,44 @@ void check_new_rows(const Checker& check, const Arguments& a, const Tensor& t, c
   const int64_t dims = t.dim();
   if (a.cu_seqlens) {
     check.require(dims == 3, name,
-                  "must be [total, num_heads, head_dim] with cu_seqlens, got shape ",
-                  shape_string(t));
+                  "must be [total, num_heads, head_dim] with cu_seqlens, got shape ", shape_of(t));
     return;
   }
   check.require(dims == 3 || dims == 4, name,
                 "must be [batch, seqlen_new, num_heads, head_dim] or [batch, num_heads, head_dim], "
                 "got shape ",
-                shape_string(t));
+                shape_of(t));
   check.require(t.size(0) == batch_of(a), name, "must have ",
                 a.block_table ? "block_table's" : "k_cache's", " batch, ", batch_of(a),
-                ", got shape ", shape_string(t));
+                ", got shape ", shape_of(t));
 }
 
 // That a tensor has k's tokens.
 void check_tokens(const Checker& check, const Arguments& a, const Tensor& t, const char* name) {
   bool equal = t.dim() == a.k.dim();
   for (int64_t i = 0; equal && i < t.dim() - 2; ++i) equal = t.size(i) == a.k.size(i);
-  check.require(equal, name, "must have k's tokens, k is ", shape_string(a.k), ", got shape ",
-                shape_string(t));
+  check.require(equal, name, "must have k's tokens, k is ", shape_of(a.k), ", got shape ",
+                shape_of(t));
 }
 
 void check_caches(const Checker& check, const Arguments& a) {
   const char* names = a.block_table ? "[num_pages, page_size, num_heads_kv, head_dim]"
                                     : "[batch, seqlen, num_heads_kv, head_dim]";
   for (const auto& [cache, name] : {std::pair(&a.k_cache, "k_cache"), {&a.v_cache, "v_cache"}}) {
-    check.require(cache->dim() == 4, name, "must be ", names, ", got shape ", shape_string(*cache));
+    check.require(cache->dim() == 4, name, "must be ", names, ", got shape ", shape_of(*cache));
     check.require(cache->size(0) <= kMaxInt && cache->size(1) <= kMaxInt, name,
                   "must have fewer than 2^31 sequences, pages and tokens each, got shape ",
-                  shape_string(*cache));
+                  shape_of(*cache));
   }
   check.shape(a.v_cache, "v_cache", "like k_cache's with a head dim of its own",
               {a.k_cache.size(0), a.k_cache.size(1), a.k_cache.size(2), a.v_cache.size(3)});
   if (!a.block_table) return;
   check.require(a.block_table->dim() == 2, "block_table", "must be [batch, max_pages], got shape ",
-                shape_string(*a.block_table));
+                shape_of(*a.block_table));
   check.require(a.block_table->size(0) <= kMaxInt, "block_table",
-                "must have fewer than 2^31 sequences, got shape ", shape_string(*a.block_table));
+                "must have fewer than 2^31 sequences, got shape ", shape_of(*a.block_table));
   check.require(a.k_cache.size(0) == 0 || a.k_cache.size(1) >= 1, "k_cache",
-                "must have pages of at least one token, got shape ", shape_string(a.k_cache));
+                "must have pages of at least one token, got shape ", shape_of(a.k_cache));
 }
 
 void check_shapes(const Checker& check, const Arguments& a) {
@@ -159,7 +158,7 @@ void check_shapes(const Checker& check, const Arguments& a) {
     check_new_rows(check, a, *a.q, "q");
     check_tokens(check, a, *a.q, "q");
     check.require(a.q->size(dims - 2) >= 1, "q", "must have at least one head, got shape ",
-                  shape_string(*a.q));
+                  shape_of(*a.q));
     check.require(a.q->size(dims - 1) == a.k.size(dims - 1), "q", "must have k's head dim, ",
                   a.k.size(dims - 1), ", got ", a.q->size(dims - 1));
     heads = std::max(heads, a.q->size(dims - 2));
@@ -168,30 +167,30 @@ void check_shapes(const Checker& check, const Arguments& a) {
   int64_t tokens = 1;
   for (int64_t i = 0; i < dims - 2; ++i) tokens *= a.k.size(i);
   check.require(tokens <= kMaxInt, "k", "must have fewer than 2^31 tokens, got shape ",
-                shape_string(a.k));
+                shape_of(a.k));
   check.require(3 * heads * std::max(a.k.size(dims - 1), a.v.size(dims - 1)) <= kMaxInt, "k",
-                "must have fewer than 2^31 numbers a token, got shape ", shape_string(a.k));
+                "must have fewer than 2^31 numbers a token, got shape ", shape_of(a.k));
 }
 
 void check_rope(const Checker& check, const Arguments& a) {
   if (!a.cos) return;
   const int64_t head_dim = a.k.size(a.k.dim() - 1);
   check.require(a.cos->dim() == 2, "cos", "must be [max_position, rotary_dim / 2], got shape ",
-                shape_string(*a.cos));
+                shape_of(*a.cos));
   check.shape(*a.sin, "sin", "like cos'", {a.cos->size(0), a.cos->size(1)});
   check.require(2 * a.cos->size(1) <= head_dim, "cos",
                 "must be [max_position, rotary_dim / 2] with a rotary_dim up to the head dim, ",
-                head_dim, ", got shape ", shape_string(*a.cos));
+                head_dim, ", got shape ", shape_of(*a.cos));
   check.require(a.cos->size(0) >= 1 && a.cos->size(0) <= kMaxInt, "cos",
                 "must have at least one position and fewer than 2^31, got shape ",
-                shape_string(*a.cos));
+                shape_of(*a.cos));
 }
 
 // What is written must not overlap itself.
 void check_no_overlap(const Checker& check, const Tensor& t, const char* name) {
   for (int64_t i = 0; i < t.dim(); ++i) {
     check.require(t.size(i) <= 1 || t.stride(i) != 0, name, "must not overlap itself, got strides ",
-                  list_string(t.strides()));
+                  strides_of(t));
   }
 }
 

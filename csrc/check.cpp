@@ -6,17 +6,25 @@ namespace leanattn {
 
 using torch::headeronly::DeviceType;
 
-std::string device_string(const Tensor& t) {
-  const auto device = t.device();
+std::ostream& operator<<(std::ostream& text, const ShapeOf& shape) {
+  return text << list_of(shape.tensor.sizes());
+}
+
+std::ostream& operator<<(std::ostream& text, const StridesOf& strides) {
+  return text << list_of(strides.tensor.strides());
+}
+
+std::ostream& operator<<(std::ostream& text, const DeviceOf& of) {
+  const auto device = of.tensor.device();
   switch (device.type()) {
     case DeviceType::CPU:
-      return "cpu";
+      return text << "cpu";
     case DeviceType::CUDA:
-      return "cuda:" + std::to_string(device.index());
+      return text << "cuda:" << device.index();
     case DeviceType::Meta:
-      return "meta";
+      return text << "meta";
     default:
-      return "device type " + std::to_string(static_cast<int>(device.type()));
+      return text << "device type " << static_cast<int>(device.type());
   }
 }
 
@@ -49,9 +57,9 @@ void Checker::given(const Tensor& t, const char* argument) const {
 void Checker::supported_device(const Tensor& t, const char* argument) const {
   given(t, argument);
 #ifdef LEANATTN_WITH_CUDA
-  require(t.is_cpu() || t.is_cuda(), argument, "must be on cpu or cuda, got ", device_string(t));
+  require(t.is_cpu() || t.is_cuda(), argument, "must be on cpu or cuda, got ", device_of(t));
 #else
-  require(t.is_cpu(), argument, "is on ", device_string(t),
+  require(t.is_cpu(), argument, "is on ", device_of(t),
           ", but leanattn was built without CUDA; allowed is cpu");
 #endif
 }
@@ -60,7 +68,7 @@ void Checker::same_device(const Tensor& t, const char* argument, const Tensor& o
                           const char* other_name) const {
   given(t, argument);
   require(t.device() == other.device(), argument, "must be on ", other_name, "'s device, ",
-          device_string(other), ", got ", device_string(t));
+          device_of(other), ", got ", device_of(t));
 }
 
 void Checker::shape(const Tensor& t, const char* argument, const char* names,
@@ -69,8 +77,8 @@ void Checker::shape(const Tensor& t, const char* argument, const char* names,
   bool equal = sizes.size() == wanted.size();
   for (size_t i = 0; equal && i < wanted.size(); ++i) equal = sizes[i] == wanted.begin()[i];
   if (equal) return;
-  require(false, argument, "must have shape ", names, " = ", list_string(std::vector(wanted)),
-          ", got ", shape_string(t));
+  require(false, argument, "must have shape ", names, " = ", list_of(std::vector(wanted)), ", got ",
+          shape_of(t));
 }
 
 void Checker::scale(const OptionalTensor& t, const char* argument, const Tensor& cache,
@@ -93,7 +101,7 @@ void Checker::cuda_layout(const Tensor& t, const char* argument) const {
   const int64_t element_size = static_cast<int64_t>(t.element_size());
   const int64_t dims = t.dim();
   require(t.stride(dims - 1) == 1 || t.size(dims - 1) == 1, argument,
-          "must have a contiguous last dimension on CUDA, got strides ", list_string(t.strides()));
+          "must have a contiguous last dimension on CUDA, got strides ", strides_of(t));
   if (t.numel() == 0) return;
   const int64_t grain = is_fp8(t) ? 8 : 16;
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
@@ -104,7 +112,7 @@ void Checker::cuda_layout(const Tensor& t, const char* argument) const {
     // The stride of a single row means nothing.
     require(t.size(i) == 1 || t.stride(i) * element_size % grain == 0, argument,
             "must have strides that are multiples of ", grain, " bytes (", grain / element_size,
-            " elements) on CUDA, got strides ", list_string(t.strides()));
+            " elements) on CUDA, got strides ", strides_of(t));
   }
 }
 

@@ -21,18 +21,41 @@ using OptionalTensor = std::optional<Tensor>;
 // Sizes are counted in int behind the checks.
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
-template <class Sizes>
-std::string list_string(const Sizes& sizes) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << ']';
-  return text.str();
+// What a message says of tensors. Most checks fail never: only a message that is sent is put into words.
+template <class Numbers>
+struct ListOf {
+  const Numbers& numbers;
+};
+struct ShapeOf {
+  const Tensor& tensor;
+};
+struct StridesOf {
+  const Tensor& tensor;
+};
+struct DeviceOf {
+  const Tensor& tensor;
+};
+
+template <class Numbers>
+ListOf<Numbers> list_of(const Numbers& numbers) {
+  return {numbers};
 }
+inline ShapeOf shape_of(const Tensor& t) { return {t}; }
+inline StridesOf strides_of(const Tensor& t) { return {t}; }
+inline DeviceOf device_of(const Tensor& t) { return {t}; }
 
-inline std::string shape_string(const Tensor& t) { return list_string(t.sizes()); }
-
-std::string device_string(const Tensor& t);
+template <class Numbers>
+std::ostream& operator<<(std::ostream& text, const ListOf<Numbers>& list) {
+  const char* separator = "[";
+  for (const int64_t number : list.numbers) {
+    text << separator << number;
+    separator = ", ";
+  }
+  return text << (list.numbers.size() == 0 ? "[]" : "]");
+}
+std::ostream& operator<<(std::ostream& text, const ShapeOf& shape);
+std::ostream& operator<<(std::ostream& text, const StridesOf& strides);
+std::ostream& operator<<(std::ostream& text, const DeviceOf& device);
 
 inline bool is_fp8(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float8_e4m3fn || t.scalar_type() == ScalarType::Float8_e5m2;

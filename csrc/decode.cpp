@@ -15,6 +15,7 @@
 #include "cpu/decode_cpu.h"
 #include "decode_check.h"
 #include "head_pairs.h"
+#include "new_tensor.h"
 #include "params.h"
 #include "tensor_params.h"
 #include "torch_parallel_for.h"
@@ -199,8 +200,7 @@ Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeP
   const WorkspacePlan plan = plan_workspace(p, !a.counters, a.q.is_cuda());
   Workspace workspace{std::nullopt, plan.counters > 0};
   if (plan.size() == 0) return workspace;
-  workspace.memory =
-      torch::stable::empty({plan.size()}, ScalarType::Byte, std::nullopt, a.q.device());
+  workspace.memory = empty_beside(a.q, {plan.size()}, ScalarType::Byte);
   char* next = static_cast<char*>(workspace.memory->mutable_data_ptr());
   const auto take = [&](int64_t bytes) -> void* {
     char* part = bytes > 0 ? next : nullptr;
@@ -346,7 +346,7 @@ Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, 
   } else {
     shape.pop_back();
   }
-  return torch::stable::empty(shape, type, std::nullopt, a.q.device());
+  return empty_beside(a.q, shape, type);
 }
 
 Tensor make_out(const DecodeArguments& a) {

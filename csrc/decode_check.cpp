@@ -14,7 +14,7 @@ void check_dtypes(const Checker& check, const DecodeArguments& a) {
   const bool sixteen_bit = type == ScalarType::Half || type == ScalarType::BFloat16;
   check.require(sixteen_bit || (type == ScalarType::Float && a.q.is_cpu()), "q",
                 "must be Half or BFloat16 (Float too on the CPU), got ", toString(type), " on ",
-                device_string(a.q));
+                device_of(a.q));
   const ScalarType cache_type = a.k_cache.scalar_type();
   check.require(cache_type == type || (sixteen_bit && is_fp8(a.k_cache)), "k_cache",
                 "must be q's dtype, ", toString(type),
@@ -55,12 +55,12 @@ void check_block_table(const Checker& check, const DecodeArguments& a) {
   const Tensor& table = *a.block_table;
   check.dtype(table, "block_table", ScalarType::Int);
   check.require(table.dim() == 2, "block_table", "must be [batch, max_pages], got shape ",
-                shape_string(table));
+                shape_of(table));
   check.require(table.size(0) <= kMaxInt, "block_table",
-                "must have fewer than 2^31 rows, got shape ", shape_string(table));
+                "must have fewer than 2^31 rows, got shape ", shape_of(table));
   check.require(a.k_cache.size(1) >= 1, "k_cache",
                 "must have pages of at least 1 token with block_table, got shape ",
-                shape_string(a.k_cache));
+                shape_of(a.k_cache));
 }
 
 void check_shapes(const Checker& check, const DecodeArguments& a) {
@@ -68,18 +68,18 @@ void check_shapes(const Checker& check, const DecodeArguments& a) {
   if (a.cu_seqlens_q) {
     check.require(q_dims == 3, "q",
                   "must be [total_q, num_heads_q, head_dim] with cu_seqlens_q, got shape ",
-                  shape_string(a.q));
+                  shape_of(a.q));
   } else {
     check.require(q_dims == 3 || q_dims == 4, "q",
                   "must be [batch, seqlen_q, num_heads_q, head_dim] or [batch, num_heads_q, "
                   "head_dim], got shape ",
-                  shape_string(a.q));
+                  shape_of(a.q));
   }
   const char* rows = a.block_table ? "[num_pages, page_size" : "[batch, seqlen";
   check.require(a.k_cache.dim() == 4, "k_cache", "must be ", rows,
-                ", num_heads_kv, head_dim], got shape ", shape_string(a.k_cache));
+                ", num_heads_kv, head_dim], got shape ", shape_of(a.k_cache));
   check.require(a.v_cache.dim() == 4, "v_cache", "must be ", rows,
-                ", num_heads_kv, head_dim_v], got shape ", shape_string(a.v_cache));
+                ", num_heads_kv, head_dim_v], got shape ", shape_of(a.v_cache));
   if (a.block_table) check_block_table(check, a);
   const int64_t batch = batch_of(a);
   const int64_t heads_q = a.q.size(q_dims - 2);
@@ -106,12 +106,12 @@ void check_shapes(const Checker& check, const DecodeArguments& a) {
   check.require(a.k_cache.size(0) <= kMaxInt && a.k_cache.size(1) <= kMaxInt, "k_cache",
                 a.block_table ? "must have fewer than 2^31 pages and tokens each, got shape "
                               : "must have fewer than 2^31 sequences and tokens each, got shape ",
-                shape_string(a.k_cache));
+                shape_of(a.k_cache));
   // Query rows are counted in int.
   int64_t query_rows = heads_q;
   for (int64_t i = 0; i < q_dims - 2; ++i) query_rows *= a.q.size(i);
   check.require(query_rows <= kMaxInt, "q", "must have fewer than 2^31 rows in all, got shape ",
-                shape_string(a.q));
+                shape_of(a.q));
 }
 
 void check_optional_tensors(const Checker& check, const DecodeArguments& a) {
@@ -147,8 +147,8 @@ void check_optional_tensors(const Checker& check, const DecodeArguments& a) {
   if (a.counters) {
     check.dtype(*a.counters, "counters", ScalarType::Int);
     check.require(a.counters->dim() == 1 && a.counters->is_contiguous(), "counters",
-                  "must be 1-D and contiguous, got shape ", shape_string(*a.counters),
-                  " and strides ", list_string(a.counters->strides()));
+                  "must be 1-D and contiguous, got shape ", shape_of(*a.counters), " and strides ",
+                  strides_of(*a.counters));
   }
 }
 
@@ -198,11 +198,11 @@ void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out
     const auto sizes = t.sizes();
     const bool equal =
         sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin());
-    check.require(equal, name, "must have shape ", text, " = ", list_string(shape), ", got ",
-                  shape_string(t));
+    check.require(equal, name, "must have shape ", text, " = ", list_of(shape), ", got ",
+                  shape_of(t));
     for (int64_t i = 0; i < t.dim(); ++i) {
       check.require(t.size(i) <= 1 || t.stride(i) != 0, name,
-                    "must not overlap itself, got strides ", list_string(t.strides()));
+                    "must not overlap itself, got strides ", strides_of(t));
     }
   };
   shape.back() = a.v_cache.size(3);

@@ -39,8 +39,7 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
   const Checker check("read_floor");
   const auto check_input = [&](const Tensor& t, const char* name) {
     check.require(t.is_cuda() && t.is_contiguous(), name,
-                  "must be contiguous on CUDA, got strides ", list_string(t.strides()), " on ",
-                  device_string(t));
+                  "must be contiguous on CUDA, got strides ", strides_of(t), " on ", device_of(t));
     check.require(t.numel() * t.element_size() % 16 == 0, name,
                   "must be a multiple of 16 bytes, got ", t.numel() * t.element_size());
     check.same_device(t, name, a);
@@ -58,9 +57,9 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
 
 void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
   const Checker check("read_rows_floor");
-  check.require(k_cache.is_cuda(), "k_cache", "must be on CUDA, got ", device_string(k_cache));
+  check.require(k_cache.is_cuda(), "k_cache", "must be on CUDA, got ", device_of(k_cache));
   check.require(k_cache.dim() == 4 && k_cache.numel() > 0, "k_cache",
-                "must be [B, S, Hkv, D] and not empty, got ", shape_string(k_cache));
+                "must be [B, S, Hkv, D] and not empty, got ", shape_of(k_cache));
   check.require(
       k_cache.scalar_type() == ScalarType::Half || k_cache.scalar_type() == ScalarType::BFloat16,
       "k_cache", "must be float16 or bfloat16");

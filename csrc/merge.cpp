@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "cpu/merge_cpu.h"
+#include "new_tensor.h"
 #include "torch_parallel_for.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
@@ -27,19 +28,18 @@ ElementType check_arguments(const Checker& check, const Tensor& outs, const Tens
       type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, "outs",
       "must be Half, BFloat16 or Float, got ", toString(type));
   check.dtype(lses, "lses", ScalarType::Float);
-  check.require(outs.dim() >= 2, "outs", "must be [n, ..., head_dim], got shape ",
-                shape_string(outs));
+  check.require(outs.dim() >= 2, "outs", "must be [n, ..., head_dim], got shape ", shape_of(outs));
   const std::vector<int64_t> wanted(outs.sizes().begin(), outs.sizes().end() - 1);
   check.require(std::equal(wanted.begin(), wanted.end(), lses.sizes().begin(), lses.sizes().end()),
-                "lses", "must have shape [n, ...] like outs' = ", list_string(wanted), ", got ",
-                shape_string(lses));
+                "lses", "must have shape [n, ...] like outs' = ", list_of(wanted), ", got ",
+                shape_of(lses));
   check.require(outs.size(outs.dim() - 1) >= 1, "outs", "must have a head dim of at least 1, got ",
-                "shape ", shape_string(outs));
+                "shape ", shape_of(outs));
   int64_t rows = 1;
   for (int64_t dim = 1; dim < outs.dim() - 1; ++dim) rows *= outs.size(dim);
   check.require(rows <= kMaxInt && outs.size(0) <= kMaxInt && outs.size(outs.dim() - 1) <= kMaxInt,
                 "outs", "must have fewer than 2^31 states, rows and dims, got shape ",
-                shape_string(outs));
+                shape_of(outs));
   if (type == ScalarType::Float) return ElementType::kFloat32;
   return type == ScalarType::Half ? ElementType::kFloat16 : ElementType::kBFloat16;
 }
@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses) {
   const ElementType type = check_arguments(check, outs, lses);
   const std::vector<int64_t> shape(outs.sizes().begin() + 1, outs.sizes().end());
   const std::vector<int64_t> rows(shape.begin(), shape.end() - 1);
-  const Tensor out = torch::stable::empty(shape, outs.scalar_type(), std::nullopt, outs.device());
-  const Tensor lse = torch::stable::empty(rows, ScalarType::Float, std::nullopt, outs.device());
+  const Tensor out = empty_beside(outs, shape, outs.scalar_type());
+  const Tensor lse = empty_beside(outs, rows, ScalarType::Float);
   if (lse.numel() > 0) run(type, outs, lses, out, lse);
   return {out, lse};
 }

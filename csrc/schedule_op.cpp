@@ -3,8 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
+#include "new_tensor.h"
 #include "schedule_host.h"
 
 namespace leanattn {
@@ -33,10 +32,10 @@ Tensor schedule(Tensor cache_seqlens, int64_t num_heads_kv, int64_t group_size, 
     return static_cast<int>(value);
   };
   check.require(cache_seqlens.is_cpu(), "cache_seqlens", "must be on the CPU, got ",
-                device_string(cache_seqlens));
+                device_of(cache_seqlens));
   check.dtype(cache_seqlens, "cache_seqlens", ScalarType::Int);
   check.require(cache_seqlens.dim() == 1, "cache_seqlens", "must be [batch], got shape ",
-                shape_string(cache_seqlens));
+                shape_of(cache_seqlens));
   const int64_t batch = cache_seqlens.size(0);
   Problem problem{};
   problem.cache_seqlens = static_cast<const int32_t*>(cache_seqlens.const_data_ptr());
@@ -75,7 +74,7 @@ Tensor schedule(Tensor cache_seqlens, int64_t num_heads_kv, int64_t group_size, 
     for (Segment segment; walker.next(segment);) append_row(table, line.shares(), segment, unit);
   }
   const int64_t rows = static_cast<int64_t>(table.size()) / kColumns;
-  const Tensor out = torch::stable::empty({rows, kColumns}, ScalarType::Long);
+  const Tensor out = empty_beside(cache_seqlens, {rows, kColumns}, ScalarType::Long);
   std::copy(table.begin(), table.end(), static_cast<int64_t*>(out.mutable_data_ptr()));
   return out;
 }
