@@ -1,9 +1,11 @@
 """Devices, loaders and dtypes of the suite: `device` alone runs a test on the CPU and on CUDA;
-`loader` beside it runs CUDA once a loader; `dtype` runs every dtype that the device takes."""
+`loader` beside it runs CUDA once a loader; `dtype` runs every dtype that the device takes.
+
+With --emulated-gpu the tests marked gpu run, and no others, on a GPU that is emulated on the CPU:
+see emulator/gpu.h."""
 
 import os
-import re
-import subprocess
+import tempfile
 from pathlib import Path
 
 # Read as torch is loaded: one worker's threads must not spin on the cores of the others.
@@ -11,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-import torch.utils.cpp_extension
 
 LOADERS = {"cpu": [None], "cuda": ["tma", "cp_async"]}
 DTYPES = {
@@ -21,8 +22,31 @@ DTYPES = {
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--emulated-gpu", action="store_true", help="run the tests marked gpu, on one")
+
+
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "gpu(emulated=True): needs a GPU, which may be emulated")
+    if not config.getoption("emulated_gpu"):
+        return
+    from emulator.gpu import EmulatedGpu
+    from native.build import emulator_options
+
+    if emulator_options() is None:
+        pytest.exit("--emulated-gpu needs CUDA's headers, found by nvcc, which is not there", 0)
+    # Before any test imports leanattn, whose compiled part it takes the place of.
+    config.emulated_gpu = EmulatedGpu(native_folder(config))
+    import cases
+
+    cases.launched = config.emulated_gpu.launched
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("emulated_gpu"):
+        left_out = [item for item in items if item.get_closest_marker("gpu") is None]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_generate_tests(metafunc):
@@ -48,6 +72,10 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def device(request):
     """ "cpu", or "cuda" where there is one."""
+    if request.config.getoption("emulated_gpu"):
+        if not request.node.get_closest_marker("gpu").kwargs.get("emulated", True):
+            pytest.skip("needs a GPU that is not emulated")
+        return request.config.emulated_gpu.device
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return request.param
@@ -72,6 +100,13 @@ def force_units(monkeypatch):
     return force
 
 
+@pytest.fixture
+def repeats(request):
+    """How often to run what must give the same bits each time, though things happen in another
+    order: on a GPU they rarely do, on an emulated one always."""
+    return 3 if request.config.getoption("emulated_gpu") else 50
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     """Every test draws the same numbers in every run and in every order."""
@@ -87,38 +122,32 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def native_folder(request, tmp_path_factory):
+def native_folder(config):
     """Where compiled C++ is kept."""
-    cache = getattr(request.config, "cache", None)
-    return cache.mkdir("native") if cache else tmp_path_factory.mktemp("native")
+    cache = getattr(config, "cache", None)
+    return cache.mkdir("native") if cache else Path(tempfile.mkdtemp(prefix="native"))
 
 
 @pytest.fixture(scope="session")
-def headers(request, tmp_path_factory):
+def headers(request):
     """The C++ headers that the kernels include, as a Python module; see native/headers.cpp."""
     from native.build import load_module
 
     source = Path(__file__).parent / "native" / "headers.cpp"
-    return load_module(source, native_folder(request, tmp_path_factory))
+    return load_module(source, native_folder(request.config))
 
 
 @pytest.fixture(scope="session")
-def build_emulated(request, tmp_path_factory):
+def build_emulated(request):
     """A function that compiles CUDA kernels for an emulator, into a Python module's library: see
     emulator/emulator.h."""
-    from native.build import build_module
+    from native.build import EMULATOR, build_module, emulator_options
 
-    nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
-    if not nvcc.is_file():
+    options = emulator_options()
+    if options is None:
         pytest.skip("needs CUDA's headers")
-    # nvcc, which may be a wrapper, knows best where they are.
-    command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
-    plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
-    includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
-    source = Path(__file__).parent / "emulator"
-    options = ["-DLEANATTN_EMULATED_ARCH=900", f"-I{source / 'include'}", *includes]
-    folder = native_folder(request, tmp_path_factory)
-    return lambda name, *more: build_module(source / f"{name}.cpp", folder, *options, *more)
+    folder = native_folder(request.config)
+    return lambda name, *more: build_module(EMULATOR / f"{name}.cpp", folder, *options, *more)
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,8 @@ FEATURES = {
     "append_kv, ragged": lambda case: len(set(case.appended or ())) > 1,
     "counters": lambda case: case.counters,
     "forced units": lambda case: case.units is not None,
+    "forced teams": lambda case: "teams" in (case.layout or ""),
+    "forced clusters": lambda case: "clusters" in (case.layout or ""),
     "poison": lambda case: case.poison is not None,
     "needles": lambda case: case.needles > 0,
     "visible NaN": lambda case: any("nan" in kind for kind in case.specials),
@@ -110,9 +112,13 @@ def append_kv(**arguments):
 
 @contextlib.contextmanager
 def environment(case):
-    """The variables that force units, loader and pairs of heads, for one case."""
+    """The variables that force units, layout, loader and pairs of heads, for one case."""
+    layout = case.layout
+    if layout and layout.startswith("clusters") and torch.cuda.get_device_capability()[0] < 9:
+        layout = None
     forced = {
         "LEANATTN_NUM_UNITS": case.units,
+        "LEANATTN_LAYOUT": layout,
         "LEANATTN_LOADER": case.loader,
         "LEANATTN_HEAD_PAIRS": case.head_pairs,
     }
@@ -197,7 +203,8 @@ def call_variant(case, arguments, device):
 
 
 def assert_same_under_other_units(case, arguments, out, lse):
-    with environment(dataclasses.replace(case, units=7 if case.units == 3 else 3)):
+    units = 7 if case.units == 3 else 3
+    with environment(dataclasses.replace(case, units=units, layout=None)):
         again_out, again_lse = decode_with_lse(**arguments)
     assert_same_bits(again_out, out)
     assert_same_bits(again_lse, lse)

@@ -82,6 +82,7 @@ class Case:
     batch_invariant: bool
     counters: bool
     units: int | None  # LEANATTN_NUM_UNITS
+    layout: str | None  # LEANATTN_LAYOUT
     loader: str | None  # LEANATTN_LOADER
     head_pairs: str | None  # LEANATTN_HEAD_PAIRS
     mean: float
@@ -159,7 +160,7 @@ def draw(seed, index, device="cpu"):
         appended = tuple(rng.choice([0, 1, 1, 2, 5]) for _ in range(batch))
         if likely(0.5):
             appended = (rng.choice([1, 1, 3]),) * batch
-    return Case(
+    case = Case(
         seed=seed, index=index, device=device, op=rng.choice(OPS), dtype=dtype,
         cache_dtype=cache_dtype, scales=scales, batch=batch,
         heads=(group_size * heads_kv, heads_kv), dims=(dim, dim_v), seqlen_q=seqlen_q,
@@ -177,13 +178,19 @@ def draw(seed, index, device="cpu"):
         sinks=sinks,
         max_seqlen_q=rng.choice([1, 16, 1000]) if ragged and likely(0.5) else None,
         batch_invariant=likely(0.2), counters=likely(0.3),
-        units=rng.choice([None, None, 1, 2, 3, 5, 16, 64, 1000]),
+        units=rng.choice([None, None, 1, 2, 3, 5, 16, 64, 1000]), layout=None,
         loader="cp_async" if device == "cuda" and likely(0.4) else None,
         head_pairs=rng.choice([None, "0", "1"]) if device == "cuda" else None,
         mean=rng.choice([0.0, 0.0, 0.5, 2.0]), scale_q=scale_q,
         poison=rng.choice(["nan", "nan", *infinities, None, None]),
         needles=rng.choice([0, 1, 2, 4, 8]), specials=specials,
     )  # fmt: skip
+    if device == "cuda" and not ragged and likely(0.4):
+        layouts = ["stream_k", "teams:1", "teams:2", "teams:5"]
+        if not case.batch_invariant and max(case.dims) <= 256:
+            layouts += ["clusters:2", "clusters:3", "clusters:8"]
+        case = dataclasses.replace(case, units=None, layout=rng.choice(layouts))
+    return case
 
 
 def draw_offsets(rng, batch):

@@ -453,7 +453,7 @@ def test_offsets_beyond_2_to_the_31_elements(name, device):
 
 
 @pytest.mark.parametrize("units", [None, 2, 7, 64])
-def test_same_bits_in_20_runs(units, device, force_units):
+def test_same_bits_in_every_run(units, device, force_units, repeats):
     """Whoever arrives last merges: the order of the merge must not depend on who that is."""
     if units is not None:
         force_units(units)
@@ -461,7 +461,7 @@ def test_same_bits_in_20_runs(units, device, force_units):
         device, sharp_dtype(device), lengths=(900, 33, 0, 517), heads=(8, 2), scale_q=3.0
     )
     out, lse = check(case)
-    for _ in range(20):
+    for _ in range(repeats):
         again_out, again_lse = run(case)
         assert_same_bits(again_out, out)
         assert_same_bits(again_lse, lse)

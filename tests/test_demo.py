@@ -39,7 +39,7 @@ def test_demo_of_a_tiny_batch():
     assert "56 tiles of 128 tokens" in out and "picture" not in out
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_demo_on_a_gpu(device):
     """The same with the read floor beside it."""
     process = run("--no-picture", "--device", device, *TINY)
@@ -130,7 +130,7 @@ def test_info():
     assert {"built for", "python", "CUDA", "LEANATTN_CHECK"} <= lines.keys()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(emulated=False)
 def test_info_on_a_gpu(device):
     """Which loader would run, and that the variable changes it."""
     assert "the CUDA kernels" in run("info").stdout

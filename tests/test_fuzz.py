@@ -36,7 +36,8 @@ def test_the_cases_cover_every_feature(name):
     for index in range(300):
         case = fuzz_case.draw(0, index, name)
         counts.update(feature for feature, has in fuzz.FEATURES.items() if has(case))
-    expected = set(fuzz.FEATURES) - ({"fp32"} if name == "cuda" else set())
+    of_cpu, of_cuda = {"fp32"}, {"forced teams", "forced clusters"}
+    expected = set(fuzz.FEATURES) - (of_cpu if name == "cuda" else of_cuda)
     rare = {feature: counts[feature] for feature in expected if counts[feature] < 5}
     assert not rare, f"fewer than 5 of 300 cases have {rare}"
 

@@ -76,10 +76,10 @@ def test_pages(page_size, mma, device, dtype):
         assert_close(*run(paginate(case, page_size)), **case)
 
 
-def test_same_bits_in_every_run(mma, device, dtype):
+def test_same_bits_in_every_run(mma, device, dtype, repeats):
     case = make_case(device, dtype, heads=(64, 1), dims=(128, 128), lengths=(5000, 300))
     out, lse = run(case)
-    for _ in range(50):
+    for _ in range(repeats):
         again, lse_again = run(case)
         assert_same_bits(again, out)
         assert_same_bits(lse_again, lse)

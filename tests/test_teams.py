@@ -68,11 +68,11 @@ def test_latent(options, layout, device, dtype):
 
 
 @pytest.mark.parametrize("name", ["uniform", "ragged", "row-blocks"])
-def test_same_bits_in_every_run_and_counters_stay_zero(name, layout, device):
+def test_same_bits_in_every_run_and_counters_stay_zero(name, layout, device, repeats):
     case = make_case(device, torch.bfloat16, dims=(128, 128), **CASES[name])
     counters = leanattn.counters(torch.device(device), 4096)
     out, lse = run(case)
-    for _ in range(20):
+    for _ in range(repeats):
         again, lse_again = run(case, counters=counters)
         assert_same_bits(again, out)
         assert_same_bits(lse_again, lse)
@@ -111,17 +111,17 @@ def test_chosen_layouts(lengths, heads, device):
 def test_batch_invariant_under_every_layout(dims, group_size, device, monkeypatch):
     """Long items: their tree has more levels than shared memory holds."""
     case = make_case(device, torch.bfloat16, heads=(3 * group_size, 3), dims=dims, lengths=None,
-                     batch=2, capacity=17000, scale_q=2.0, batch_invariant=True)  # fmt: skip
+                     batch=2, capacity=17000, scale_q=2.0)  # fmt: skip
     results = []
     for layout in ("stream_k", "teams:1", "teams:5"):
         monkeypatch.setenv("LEANATTN_LAYOUT", layout)
-        results.append(check(case))
+        results.append(check(case, batch_invariant=True))
     for out, lse in results[1:]:
         assert_same_bits(out, results[0][0])
         assert_same_bits(lse, results[0][1])
     monkeypatch.setenv("LEANATTN_LAYOUT", "clusters:2")
     with pytest.raises(RuntimeError, match="LEANATTN_LAYOUT.*batch_invariant"):
-        run(case)
+        run(case, batch_invariant=True)
 
 
 def test_paged_caches_of_whole_items(device, monkeypatch):

@@ -115,8 +115,8 @@ bool encode(const MapShape& shape, CacheType type, int box_rows, CUtensorMap& ma
 TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
   const Problem& problem = params.problem;
-  if (is_second("LEANATTN_LOADER", "tma", "cp_async") || problem.capacity == 0 || !encode_tiled())
-    return maps;
+  const bool is_empty = problem.capacity == 0 || problem.batch == 0;
+  if (is_second("LEANATTN_LOADER", "tma", "cp_async") || is_empty || !encode_tiled()) return maps;
   maps.tile_box_rows_log2 = problem.tile_tokens_log2;
   int rows = problem.capacity;
   int pages = problem.batch;

@@ -1,10 +1,6 @@
 // Launches of kernels without shared memory or attributes of their own.
 #pragma once
 
-#if defined(LEANATTN_EMULATED_ARCH)
-#include <emulated_launch.h>  // of tests/emulator
-#else
-
 #include "launch.h"
 
 namespace leanattn {
@@ -27,5 +23,3 @@ void load_kernel(void (*kernel)(Parameters...)) {
 }
 
 }  // namespace leanattn
-
-#endif

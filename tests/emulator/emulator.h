@@ -6,6 +6,7 @@
 // interrupted; races.h has a sanitizer look at that.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -25,6 +26,38 @@
 
 namespace emulator {
 
+// A thread of execution of its own, with a stack of its own.
+//
+// Between stacks _setjmp and _longjmp switch: swapcontext also asks the system for the signal mask, twice
+// a switch, which is most of what a switch costs. Only the first time takes it.
+class Context {
+ public:
+  // Goes on with `other`, until another goes on with this one.
+  void go_to(Context& other) {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+    swapcontext(&context_, &other.context_);  // the sanitizers know of no other way
+#else
+    if (_setjmp(point_) != 0) return;
+    if (other.has_run_) _longjmp(other.point_, 1);
+    other.has_run_ = true;
+    setcontext(&other.context_);
+#endif
+  }
+
+  void begin_at(void (*function)(), char* stack, size_t stack_bytes) {
+    getcontext(&context_);
+    context_.uc_stack.ss_sp = stack;
+    context_.uc_stack.ss_size = stack_bytes;
+    makecontext(&context_, function, 0);
+    has_run_ = false;
+  }
+
+ private:
+  ucontext_t context_;
+  jmp_buf point_;
+  bool has_run_ = true;
+};
+
 struct Cta;
 
 struct Warp {
@@ -41,7 +74,7 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::shared_ptr<Observed> observed = std::make_shared<Observed>();
   std::unique_ptr<char[]> stack;
   Cta* cta;
@@ -92,7 +125,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::deque<std::function<void()>> in_flight;  // copies that land in this order
   Fiber* current = nullptr;
-  ucontext_t scheduler;
+  Context scheduler;
   Observer observer;  // the scheduler
   std::mt19937 random{1};
   int grid = 0;
@@ -115,7 +148,7 @@ inline void yield_until(const char* what, std::function<bool()> ready) {
   self.ready = std::move(ready);
   self.waits_for = what;
   machine()->observer.enter();
-  swapcontext(&self.context, &machine()->scheduler);
+  self.context.go_to(machine()->scheduler);
 }
 
 // Every lane of the warp brings something and then sees what all brought. Orders no other memory.
@@ -134,9 +167,9 @@ std::array<T, 32> exchange(const char* name, const T& mine) {
   yield_until(name, [&warp, parity, wanted] { return warp.arrived[parity] >= wanted; });
   std::array<T, 32> all;
   for (int lane = 0; lane < 32; ++lane) {
-    if (std::strcmp(warp.names[parity][lane], name) != 0) {
-      throw std::logic_error(std::string("a warp has diverged: ") + name + " and " +
-                             warp.names[parity][lane]);
+    const char* theirs = warp.names[parity][lane];
+    if (theirs != name && std::strcmp(theirs, name) != 0) {
+      throw std::logic_error(std::string("a warp has diverged: ") + name + " and " + theirs);
     }
     std::memcpy(&all[lane], warp.slots[parity][lane], sizeof(T));
   }
@@ -211,7 +244,7 @@ inline void fiber_main() {
     self.cta->cluster->check();
   }
   machine()->observer.enter();
-  swapcontext(&self.context, &machine()->scheduler);
+  self.context.go_to(machine()->scheduler);
 }
 
 // Runs `body` on every thread of a grid, cluster after cluster; the CTAs of one run side by side.
@@ -247,10 +280,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
         f->stack = std::unique_ptr<char[]>(new char[kStackBytes]);
         f->cta = cta.get();
         f->thread = thread;
-        getcontext(&f->context);
-        f->context.uc_stack.ss_sp = f->stack.get();
-        f->context.uc_stack.ss_size = kStackBytes;
-        makecontext(&f->context, fiber_main, 0);
+        f->context.begin_at(fiber_main, f->stack.get(), kStackBytes);
         observed.push_back(f->observed);
         m.fibers.push_back(std::move(f));
       }
@@ -278,7 +308,7 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
             f.ready = nullptr;
             m.current = &f;
             f.observed->enter();
-            swapcontext(&m.scheduler, &f.context);
+            m.scheduler.go_to(f.context);
             if (m.error) std::rethrow_exception(m.error);
             left -= f.done;
             warp_went_on = went_on = true;
@@ -306,13 +336,22 @@ inline void run(int grid, int cluster_size, int threads, size_t shared_bytes, in
   acquire(&machine());  // not before: to the sanitizer, CTAs run side by side
 }
 
-struct Index {
-  unsigned x;
+// A built-in variable of CUDA, which has its value in the fiber that asks.
+template <class Ask>
+struct BuiltIn {
+  struct {
+    operator unsigned() const { return static_cast<unsigned>(Ask{}()); }
+  } x;
 };
+
+inline constexpr auto ask_thread = [] { return fiber().thread; };
+inline constexpr auto ask_block = [] { return cta().block; };
+inline constexpr auto ask_threads = [] { return machine()->threads; };
+inline constexpr auto ask_grid = [] { return machine()->grid; };
 
 }  // namespace emulator
 
-#define threadIdx (emulator::Index{static_cast<unsigned>(emulator::fiber().thread)})
-#define blockIdx (emulator::Index{static_cast<unsigned>(emulator::cta().block)})
-#define blockDim (emulator::Index{static_cast<unsigned>(emulator::machine()->threads)})
-#define gridDim (emulator::Index{static_cast<unsigned>(emulator::machine()->grid)})
+inline constexpr emulator::BuiltIn<decltype(emulator::ask_thread)> threadIdx{};
+inline constexpr emulator::BuiltIn<decltype(emulator::ask_block)> blockIdx{};
+inline constexpr emulator::BuiltIn<decltype(emulator::ask_threads)> blockDim{};
+inline constexpr emulator::BuiltIn<decltype(emulator::ask_grid)> gridDim{};

@@ -1,17 +1,23 @@
 """Compiles C++ for the tests into Python modules, once for each state of the sources."""
 
+import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pybind11
+import torch.utils.cpp_extension
 
 CSRC = Path(__file__).parents[2] / "csrc"
+EMULATOR = Path(__file__).parents[1] / "emulator"
 
 
 def load_module(source, folder, *options):
@@ -28,20 +34,90 @@ def import_module(library, name):
 
 def build_module(source, folder, *options):
     """Where the library of `source` is, in `folder`."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++20", "-O1", "-g0", "-shared"]
-    command += ["-fPIC", "-fvisibility=hidden", *options, f"-I{source.parent}", f"-I{CSRC}"]
-    command += [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", str(source)]
-    key = hashlib.sha256(repr((command, pybind11.__version__)).encode())
-    kinds = (".h", ".hpp", ".cu")
-    included = (p for at in (source.parent, CSRC) for p in at.rglob("*") if p.suffix in kinds)
-    for path in [source, *sorted(p for p in included if CSRC / "cutlass" not in p.parents)]:
-        key.update(path.read_bytes())
+    command = [*compiler(), "-O1", "-shared", *options, f"-I{source.parent}"]
+    command += [f"-I{pybind11.get_include()}", str(source)]
+    library = library_path(source.stem, folder, [command, pybind11.__version__], source.parent)
+    with unless_built(library) as unfinished:
+        if unfinished:
+            subprocess.run([*command, "-o", unfinished], check=True)
+    return library
+
+
+def build_emulated_gpu(folder):
+    """Where leanattn/_C is, for a GPU that is emulated: see emulator/gpu.h. EMULATED_GPU_CXXFLAGS
+    are more of g++'s options."""
+    torch_path = Path(torch.__file__).parent
+    more = shlex.split(os.environ.get("EMULATED_GPU_CXXFLAGS", ""))
+    options = [*compiler(), "-O2", "-fopenmp-simd", "-Wno-psabi", *emulator_options(), *more]
+    options += ["-DUSE_CUDA", "-DLEANATTN_WITH_CUDA", '-DLEANATTN_ARCHS="emulated"']
+    options += ['-DLEANATTN_VERSION="emulated"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    options += [f"-I{EMULATOR}", f"-I{torch_path / 'include'}"]
+    # Functions of which csrc/ is given others, in gpu.cpp, which itself calls the true ones.
+    replaced = ["aoti_torch_get_device_type", "aoti_torch_get_device_index"]
+    replaced += ["aoti_torch_empty_strided", "dlopen", "dlsym"]
+    product = [f"-D{name}=emulated_{name}" for name in replaced]
+    product += ["-include", str(EMULATOR / "gpu.h"), "-x", "c++"]
+    link = [*more, "-shared", f"-L{torch_path / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = [EMULATOR / "gpu.cpp", *CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
+    sources += [p for p in CSRC.glob("cuda/**/*.cu") if p.name != "read_floor.cu"]
+    library = library_path("leanattn_gpu", folder, [options, product, link], EMULATOR)
+
+    with unless_built(library) as unfinished, tempfile.TemporaryDirectory() as objects:
+        if not unfinished:
+            return library
+
+        def compile_one(source):
+            target = str(Path(objects, f"{source.name}.o"))
+            more = [] if source.name == "gpu.cpp" else product
+            subprocess.run([*options, *more, "-c", str(source), "-o", target], check=True)
+            return target
+
+        with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            # The longest first, which are those with the most kernels.
+            compiled = list(
+                pool.map(compile_one, sorted(sources, key=lambda p: "instan" not in str(p)))
+            )
+        subprocess.run([*compiler(), *compiled, *link, "-o", unfinished], check=True)
+    return library
+
+
+def compiler():
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    return [*command, "-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}",
+            f"-I{sysconfig.get_path('include')}"]  # fmt: skip
+
+
+def emulator_options():
+    """How CUDA code is compiled for the emulator; None without CUDA's headers."""
+    nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
+    if not nvcc.is_file():
+        return None
+    # nvcc, which may be a wrapper, knows best where they are.
+    command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
+    plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
+    includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
+    return ["-DLEANATTN_EMULATED_ARCH=900", f"-I{EMULATOR / 'include'}", *includes]
+
+
+def library_path(name, folder, key, sources):
+    """Of the library in `folder` that is of this key, these sources and csrc/."""
+    digest = hashlib.sha256(repr(key).encode())
+    kinds = (".cpp", ".h", ".hpp", ".cu")
+    included = (p for at in (sources, CSRC) for p in at.rglob("*") if p.suffix in kinds)
+    for path in sorted(p for p in included if CSRC / "cutlass" not in p.parents):
+        digest.update(path.read_bytes())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    library = Path(folder) / f"{source.stem}-{key.hexdigest()[:16]}{suffix}"
+    return Path(folder) / f"{name}-{digest.hexdigest()[:16]}{suffix}"
+
+
+@contextlib.contextmanager
+def unless_built(library):
+    """Where to build it, a path that becomes it; None if it is there already."""
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # pytest-xdist's workers: one compiles, the others wait
-        if not library.exists():
-            unfinished = library.with_suffix(".unfinished")
-            subprocess.run([*command, "-o", str(unfinished)], check=True)
-            unfinished.replace(library)
-    return library
+        if library.exists():
+            yield None
+            return
+        unfinished = library.with_suffix(".unfinished")
+        yield str(unfinished)
+        unfinished.replace(library)

@@ -1,27 +1,27 @@
 // mma.m16n8k16, emulated.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "emulator.h"
+#include "widen.h"
 
 namespace cute {
 
+// What a lane holds of A and B.
 struct Fragments {
-  uint32_t a[4], b[2];
+  float a[8], b[4];
 };
 
 template <class Element>
-void mma(float& d0, float& d1, float& d2, float& d3, const Fragments& mine, float c0, float c1,
-         float c2, float c3) {
+void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], const uint32_t (&b)[2],
+         float c0, float c1, float c2, float c3) {
+  const auto element = [](uint32_t pair, int half) {
+    return emulator::widen<Element>(static_cast<uint16_t>(pair >> half * 16));
+  };
+  Fragments mine;
+  for (int i = 0; i < 8; ++i) mine.a[i] = element(a[i / 2], i % 2);
+  for (int i = 0; i < 4; ++i) mine.b[i] = element(b[i / 2], i % 2);
   const auto all = emulator::exchange("mma", mine);
   const int lane = emulator::fiber().thread % 32;
-  const auto element = [](uint32_t pair, int half) {
-    Element values[2];
-    std::memcpy(values, &pair, 4);
-    return static_cast<double>(static_cast<float>(values[half]));
-  };
   const float c[4] = {c0, c1, c2, c3};
   float d[4];
   for (int i = 0; i < 4; ++i) {
@@ -31,7 +31,7 @@ void mma(float& d0, float& d1, float& d2, float& d3, const Fragments& mine, floa
     for (int k = 0; k < 16; ++k) {
       const Fragments& of_a = all[row % 8 * 4 + k % 8 / 2];
       const Fragments& of_b = all[column * 4 + k % 8 / 2];
-      sum += element(of_a.a[row / 8 + k / 8 * 2], k % 2) * element(of_b.b[k / 8], k % 2);
+      sum += double{of_a.a[(row / 8 + k / 8 * 2) * 2 + k % 2]} * of_b.b[k / 8 * 2 + k % 2];
     }
     d[i] = static_cast<float>(sum);
   }
@@ -45,7 +45,7 @@ template <class Element>
 struct Mma {
   static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2,
                   uint32_t a3, uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {
-    mma<Element>(d0, d1, d2, d3, {{a0, a1, a2, a3}, {b0, b1}}, c0, c1, c2, c3);
+    mma<Element>(d0, d1, d2, d3, {a0, a1, a2, a3}, {b0, b1}, c0, c1, c2, c3);
   }
 };
 

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "mma_sm90_desc.hpp"
+#include "widen.h"
 
 namespace cute {
 
@@ -39,9 +40,9 @@ const void* element_address(uint64_t bits, int i, int k) {
 
 template <class Element>
 double read(const void* address) {
-  Element value;
-  std::memcpy(static_cast<void*>(&value), address, 2);
-  return static_cast<float>(value);
+  uint16_t bits;
+  std::memcpy(&bits, address, 2);
+  return emulator::widen<Element>(bits);
 }
 
 // The product of 64 x kColumns x 16, of which this lane holds kColumns / 2 elements. row_of(r) reads
@@ -49,15 +50,17 @@ double read(const void* address) {
 template <class Element, int kColumns, Major kMajorB, class RowOfA>
 void multiply(RowOfA row_of_a, uint64_t b, const std::array<float*, kColumns / 2>& d, bool add) {
   const int lane = emulator::fiber().thread % 32;
-  for (int half = 0; half < 2; ++half) {
-    const std::array<double, 16> a = row_of_a(lane / 4 + half * 8);
-    for (int j = 0; j < kColumns / 8; ++j) {
-      for (int c = 0; c < 2; ++c) {
+  const std::array<double, 16> rows[2] = {row_of_a(lane / 4), row_of_a(lane / 4 + 8)};
+  for (int j = 0; j < kColumns / 8; ++j) {
+    for (int c = 0; c < 2; ++c) {
+      double column[16];
+      for (int k = 0; k < 16; ++k) {
+        column[k] = read<Element>(element_address<kMajorB>(b, j * 8 + lane % 4 * 2 + c, k));
+      }
+      for (int half = 0; half < 2; ++half) {
         float& result = *d[j * 4 + half * 2 + c];
         double sum = add ? result : 0.0;
-        for (int k = 0; k < 16; ++k) {
-          sum += a[k] * read<Element>(element_address<kMajorB>(b, j * 8 + lane % 4 * 2 + c, k));
-        }
+        for (int k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
         result = static_cast<float>(sum);
       }
     }
@@ -119,9 +122,7 @@ struct RegisterShared {
              std::array<double, 16> values;
              for (int k = 0; k < 16; ++k) {
                const uint32_t pair = fragments[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
-               Element both[2];
-               std::memcpy(static_cast<void*>(both), &pair, 4);
-               values[k] = static_cast<float>(both[k % 2]);
+               values[k] = emulator::widen<Element>(static_cast<uint16_t>(pair >> k % 2 * 16));
              }
              return values;
            };
