@@ -27,7 +27,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu(emulated=True): needs a GPU, which may be emulated")
+    config.addinivalue_line("markers", "gpu: needs a GPU, which may be emulated")
+    config.addinivalue_line("markers", "not_emulated: tests what an emulated GPU does not have")
     if not config.getoption("emulated_gpu"):
         return
     from emulator.gpu import EmulatedGpu
@@ -73,8 +74,8 @@ def pytest_generate_tests(metafunc):
 def device(request):
     """ "cpu", or "cuda" where there is one."""
     if request.config.getoption("emulated_gpu"):
-        if not request.node.get_closest_marker("gpu").kwargs.get("emulated", True):
-            pytest.skip("needs a GPU that is not emulated")
+        if request.node.get_closest_marker("not_emulated"):
+            pytest.skip("needs what an emulated GPU does not have")
         return request.config.emulated_gpu.device
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

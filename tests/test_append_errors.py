@@ -149,7 +149,8 @@ def test_meta_tensor_among_real_ones(argument, device):
     assert_refused(call, (argument, "k", "q"), ("meta",), "rope_append_kv")
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("argument", TENSORS)
 def test_cpu_tensor_among_cuda_ones(argument, device):
     call = call_with_every_tensor(device)

@@ -393,7 +393,8 @@ def test_the_sweep_forces_every_combination():
     assert tune.loss({"num_units=64": 10.0}) == 0
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_the_floors_read_any_layout(device):
     """They run on what the bench gives them, in a graph too; what they read is not to be seen."""
     device = torch.device(device, torch.cuda.current_device())
@@ -417,7 +418,8 @@ def test_the_floors_read_any_layout(device):
     assert sink.item() == 0
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_a_run_on_the_gpu(device, tmp_path):
     path = tmp_path / "tiny.csv"
     assert decode.main(["--set", "tiny", "--device", device, "--csv", str(path)]) == 0

@@ -39,7 +39,8 @@ def test_demo_of_a_tiny_batch():
     assert "56 tiles of 128 tokens" in out and "picture" not in out
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_demo_on_a_gpu(device):
     """The same with the read floor beside it."""
     process = run("--no-picture", "--device", device, *TINY)
@@ -130,7 +131,8 @@ def test_info():
     assert {"built for", "python", "CUDA", "LEANATTN_CHECK"} <= lines.keys()
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_info_on_a_gpu(device):
     """Which loader would run, and that the variable changes it."""
     assert "the CUDA kernels" in run("info").stdout

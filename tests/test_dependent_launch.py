@@ -33,6 +33,7 @@ def decode_chain(tokens, q, k_cache, v_cache, lengths, counters):
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+@pytest.mark.not_emulated
 def test_a_chain_of_steps(captured, layout, device, monkeypatch):
     def fresh():
         generator = torch.Generator(device).manual_seed(1)

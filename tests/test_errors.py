@@ -407,7 +407,8 @@ def test_meta_tensor_among_real_ones(argument, device):
     assert_refused(call, others, ("meta",), "decode_with_lse_out")
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("argument", TENSORS)
 def test_cpu_tensor_among_cuda_ones(argument, device):
     """A host pointer in a kernel is a fault that kills the process's CUDA context."""

@@ -406,7 +406,8 @@ def test_compile(device):
         torch.testing.assert_close(call[name], eager[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.gpu(emulated=False)  # a graph with torch's own ops in it
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_in_a_graph_without_a_sync(device):
     """Step after step, the lengths counted on by the graph itself."""
     call = make_call(device, torch.bfloat16, rotary_dim=64, causal=True, seqlen_q=1, seqlen_new=1)

@@ -224,7 +224,8 @@ def test_meta_tensor(argument, device):
     assert_refused(call, ("lses", "outs"), ("meta",), "merge_states")
 
 
-@pytest.mark.gpu(emulated=False)
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 @pytest.mark.parametrize("argument", ["outs", "lses"])
 def test_cpu_tensor_among_cuda_ones(argument, device):
     call = dict(zip(("outs", "lses"), states(device, torch.float32, 2, (3,), 8)))

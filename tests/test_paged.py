@@ -516,6 +516,7 @@ def test_meta_table_among_real_tensors(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_table_on_the_cpu(device):
     """A host pointer in a kernel is a fault that kills the process's CUDA context."""
     call = good_call(device)

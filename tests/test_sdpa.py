@@ -64,6 +64,7 @@ SHAPES = {
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.not_emulated
 def test_decode_shapes(shape, is_causal, scale, device, monkeypatch, calls):
     """What torch computes, its causal mask from the top left included: with one query and
     is_causal only key 0 is seen."""
@@ -76,6 +77,7 @@ def test_decode_shapes(shape, is_causal, scale, device, monkeypatch, calls):
     assert leanattn.explain(*inputs, **options).backend == "leanattn"
 
 
+@pytest.mark.not_emulated
 def test_transposed_and_sliced_inputs(device, monkeypatch, calls):
     """[B, S, H, D] tensors as they come out of projections."""
     monkeypatch.setenv("LEANATTN_BACKEND", LEANATTN[device])
@@ -176,6 +178,7 @@ def test_cpu_goes_to_torch(calls):
 
 
 @pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_cuda_decode_steps_go_to_leanattn(device):
     """Without any override."""
     route = leanattn.explain(*make("cuda"))
@@ -269,6 +272,7 @@ def test_kernel_of_the_registry(is_causal, device):
 
 @needs_registry
 @pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_active_in_torch(device, monkeypatch):
     """Decode steps of torch's own function come here, the rest and gradients stay in torch."""
     made = []

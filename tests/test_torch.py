@@ -557,6 +557,7 @@ def test_runs_on_the_current_stream(device, loader):
 
 
 @pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_warmup_lets_a_capture_come_first(device):
     """After leanattn.warmup the very first call may be inside a capture (in a fresh process)."""
     program = """

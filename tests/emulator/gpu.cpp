@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -53,7 +54,10 @@ struct Graph {
 std::map<int64_t, Graph> graphs;
 int64_t capturing = -1;  // the graph
 
+// One piece of work at a time, whichever threads and streams ask.
 void enqueue(const std::string& name, std::function<void()> work) {
+  static std::mutex mutex;
+  const std::lock_guard guard(mutex);
   if (capturing >= 0) {
     graphs[capturing].nodes.push_back(std::move(work));
   } else {
@@ -74,7 +78,7 @@ EXPORTED void emulated_gpu_replay(int64_t graph) {
 }
 EXPORTED void emulated_gpu_forget(int64_t graph) { graphs.erase(graph); }
 
-// Names of kernels and memsets since the last time.
+// "kernel" and "Memset", as often as launched, since the last time.
 EXPORTED const char* emulated_gpu_launches() {
   static std::string names;
   names.clear();
@@ -184,7 +188,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel,
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  enqueue("memset", [=] { std::memset(to, value, bytes); });
+  enqueue("Memset", [=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 

@@ -12,7 +12,6 @@ import torch
 from native.build import build_emulated_gpu
 
 NOT_EMULATED = [
-    "Stream",
     "current_device",
     "current_stream",
     "get_device_properties",
@@ -49,9 +48,11 @@ class EmulatedGpu:
         self._library.emulated_gpu_launches.restype = ctypes.c_char_p
         for name in NOT_EMULATED:
             setattr(torch.cuda, name, self._skip(name))
+        torch.cuda.Stream = type("Stream", (), {"__new__": self._skip("Stream")})
         torch.cuda.synchronize = lambda device=None: None
         torch.cuda.get_device_capability = self._capability
-        torch.cuda.CUDAGraph = lambda: EmulatedGraph(self._library)
+        torch.cuda.CUDAGraph = EmulatedGraph
+        EmulatedGraph.library = self._library
         torch.cuda.graph = contextlib.contextmanager(lambda graph: graph.capture())
 
     def find_spec(self, name, *_):
@@ -78,21 +79,21 @@ class EmulatedGpu:
 class EmulatedGraph:
     """torch.cuda.CUDAGraph, of leanattn's own launches."""
 
+    library = None
     numbers = itertools.count()
 
-    def __init__(self, library):
-        self._library = library
+    def __init__(self):
         self._number = ctypes.c_int64(next(self.numbers))
 
     def capture(self):
-        self._library.emulated_gpu_begin_capture(self._number)
+        self.library.emulated_gpu_begin_capture(self._number)
         try:
             yield
         finally:
-            self._library.emulated_gpu_end_capture()
+            self.library.emulated_gpu_end_capture()
 
     def replay(self):
-        self._library.emulated_gpu_replay(self._number)
+        self.library.emulated_gpu_replay(self._number)
 
     def __del__(self):
-        self._library.emulated_gpu_forget(self._number)
+        self.library.emulated_gpu_forget(self._number)
