@@ -70,6 +70,7 @@ void enqueue(const std::string& name, std::function<void()> work) {
 
 }  // namespace
 
+EXPORTED int64_t emulated_gpu_tensor_copies() { return emulator::tensor_copies; }
 EXPORTED int emulated_gpu_capability() { return gpu().capability; }
 EXPORTED void emulated_gpu_begin_capture(int64_t graph) { capturing = graph; }
 EXPORTED void emulated_gpu_end_capture() { capturing = -1; }

@@ -46,6 +46,7 @@ class EmulatedGpu:
         self.device = EmulatedCuda()
         self._library = ctypes.CDLL(str(self._path))
         self._library.emulated_gpu_launches.restype = ctypes.c_char_p
+        self._library.emulated_gpu_tensor_copies.restype = ctypes.c_int64
         for name in NOT_EMULATED:
             setattr(torch.cuda, name, self._skip(name))
         torch.cuda.Stream = type("Stream", (), {"__new__": self._skip("Stream")})
@@ -64,6 +65,12 @@ class EmulatedGpu:
         self._library.emulated_gpu_launches()
         call()
         return self._library.emulated_gpu_launches().decode().split()
+
+    def tensor_copies(self, call):
+        """How many bulk tensor copies `call` makes."""
+        before = self._library.emulated_gpu_tensor_copies()
+        call()
+        return self._library.emulated_gpu_tensor_copies() - before
 
     def _capability(self, device=None):
         return divmod(self._library.emulated_gpu_capability(), 10)

@@ -17,6 +17,8 @@ struct TensorMap {
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
+inline int64_t tensor_copies = 0;  // so far
+
 }  // namespace emulator
 
 namespace cute {
@@ -32,6 +34,7 @@ struct SM90_TMA_LOAD_4D {
                    int c2, int c3) {
     const auto& map = *static_cast<const emulator::TensorMap*>(map_pointer);
     uint8_t* smem = emulator::cta().smem;
+    ++emulator::tensor_copies;
     emulator::copy_later([&map, barrier, to, c0, c1, c2, c3, smem] {
       uint8_t* box = static_cast<uint8_t*>(to);
       for (int row = 0; row < map.box_rows; ++row) {
