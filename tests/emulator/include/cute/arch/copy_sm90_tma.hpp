@@ -34,7 +34,10 @@ struct SM90_TMA_LOAD_4D {
                    int c2, int c3) {
     const auto& map = *static_cast<const emulator::TensorMap*>(map_pointer);
     uint8_t* smem = emulator::cta().smem;
-    ++emulator::tensor_copies;
+    {
+      const emulator::Quiet quiet;
+      ++emulator::tensor_copies;
+    }
     emulator::copy_later([&map, barrier, to, c0, c1, c2, c3, smem] {
       uint8_t* box = static_cast<uint8_t*>(to);
       for (int row = 0; row < map.box_rows; ++row) {
