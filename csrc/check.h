@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -21,7 +22,8 @@ using OptionalTensor = std::optional<Tensor>;
 // Sizes are counted in int behind the checks.
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
-// What a message says of tensors. Most checks fail never: only a message that is sent is put into words.
+// What a message says of tensors, put into words only where there is a message: every call makes dozens
+// of checks, and they rarely fail.
 template <class Numbers>
 struct ListOf {
   const Numbers& numbers;
@@ -69,6 +71,7 @@ class Checker {
   // "leanattn::decode: q must be ..., got ...": text goes after the argument's name.
   template <class... Text>
   void require(bool condition, const char* argument, const Text&... text) const {
+    static_assert((!std::is_same_v<Text, std::string> && ...), "words made before they are needed");
     if (condition) return;
     std::ostringstream message;
     message << "leanattn::" << op_ << ": " << argument << ' ';

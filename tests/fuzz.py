@@ -298,12 +298,13 @@ def run(seed, indices, device="cpu", implementation=decode_with_lse, append=appe
     return tally
 
 
-def main():
+def main(run=run, devices=("cpu", "cuda")):
+    """The program; `run` and the devices, of which the first is the default, of another one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", type=int, default=300, help="how many, from number 0 on")
     parser.add_argument("--case", type=int, help="this one only")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default=devices[0], choices=devices)
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
 

@@ -88,6 +88,14 @@ def test_float8_on_8_byte_strides_does_not(device, copies):
     assert copies(lambda: check(case)) == 0
 
 
+def test_an_empty_batch_needs_none(device, copies, monkeypatch):
+    """A tensor map of no sequences is none; asked for by name, it is not missed."""
+    monkeypatch.setenv("LEANATTN_LOADER", "tma")
+    case = plain(device, lengths=(), capacity=8, query_lengths=())
+    case["q"] = torch.ones(5, 4, 64, dtype=torch.float16, device=device)
+    assert copies(lambda: check(case)) == 0
+
+
 def test_cp_async_does_not(device, copies, monkeypatch):
     monkeypatch.setenv("LEANATTN_LOADER", "cp_async")
     case = plain(device)

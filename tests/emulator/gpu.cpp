@@ -54,9 +54,9 @@ struct Graph {
 std::map<int64_t, Graph> graphs;
 int64_t capturing = -1;  // the graph
 
-// One piece of work at a time, whichever threads and streams ask.
+std::mutex mutex;  // one piece of work at a time, whichever threads and streams ask
+
 void enqueue(const std::string& name, std::function<void()> work) {
-  static std::mutex mutex;
   const std::lock_guard guard(mutex);
   if (capturing >= 0) {
     graphs[capturing].nodes.push_back(std::move(work));
@@ -75,6 +75,7 @@ EXPORTED int emulated_gpu_capability() { return gpu().capability; }
 EXPORTED void emulated_gpu_begin_capture(int64_t graph) { capturing = graph; }
 EXPORTED void emulated_gpu_end_capture() { capturing = -1; }
 EXPORTED void emulated_gpu_replay(int64_t graph) {
+  const std::lock_guard guard(mutex);
   for (const auto& node : graphs.at(graph).nodes) node();
 }
 EXPORTED void emulated_gpu_forget(int64_t graph) { graphs.erase(graph); }

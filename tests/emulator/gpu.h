@@ -5,7 +5,8 @@
 //     pytest --emulated-gpu tests/test_append.py        the tests marked gpu, on it
 //     python tests/emulator/fuzz_gpu.py --cases 1000    the fuzzer
 //
-// EMULATED_GPU_SMS and EMULATED_GPU_CAPABILITY (90, 86 or 80) make it another one. What reads or writes
+// EMULATED_GPU_SMS and EMULATED_GPU_CAPABILITY (90, 86 or 80) make it another one; with
+// EMULATED_GPU_IDLE=1 launches do nothing, which host_time.py uses. What reads or writes
 // beside the tensors, AddressSanitizer finds, as compute-sanitizer would, with the environment
 //
 //     EMULATED_GPU_CXXFLAGS=-fsanitize=address

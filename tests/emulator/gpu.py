@@ -30,6 +30,9 @@ class EmulatedCuda(str):
     def __eq__(self, other):
         return other == "cuda"
 
+    def __ne__(self, other):
+        return other != "cuda"
+
     def __hash__(self):
         return hash("cuda")
 

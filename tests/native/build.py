@@ -36,7 +36,8 @@ def build_module(source, folder, *options):
     """Where the library of `source` is, in `folder`."""
     command = [*compiler(), "-O1", "-shared", *options, f"-I{source.parent}"]
     command += [f"-I{pybind11.get_include()}", str(source)]
-    library = library_path(source.stem, folder, [command, pybind11.__version__], source.parent)
+    key = [command, pybind11.__version__]
+    library = library_path(source.stem, folder, key, source.parent, [source])
     with unless_built(library) as unfinished:
         if unfinished:
             subprocess.run([*command, "-o", unfinished], check=True)
@@ -47,8 +48,8 @@ def build_emulated_gpu(folder):
     """Where leanattn/_C is, for a GPU that is emulated: see emulator/gpu.h. EMULATED_GPU_CXXFLAGS
     are more of g++'s options."""
     torch_path = Path(torch.__file__).parent
-    more = shlex.split(os.environ.get("EMULATED_GPU_CXXFLAGS", ""))
-    options = [*compiler(), "-O2", "-fopenmp-simd", "-Wno-psabi", *emulator_options(), *more]
+    users = shlex.split(os.environ.get("EMULATED_GPU_CXXFLAGS", ""))
+    options = [*compiler(), "-O2", "-fopenmp-simd", "-Wno-psabi", *emulator_options(), *users]
     options += ["-DUSE_CUDA", "-DLEANATTN_WITH_CUDA", '-DLEANATTN_ARCHS="emulated"']
     options += ['-DLEANATTN_VERSION="emulated"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     options += [f"-I{EMULATOR}", f"-I{torch_path / 'include'}"]
@@ -57,10 +58,11 @@ def build_emulated_gpu(folder):
     replaced += ["aoti_torch_empty_strided", "dlopen", "dlsym"]
     product = [f"-D{name}=emulated_{name}" for name in replaced]
     product += ["-include", str(EMULATOR / "gpu.h"), "-x", "c++"]
-    link = [*more, "-shared", f"-L{torch_path / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    link = [*users, "-shared", f"-L{torch_path / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     sources = [EMULATOR / "gpu.cpp", *CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
     sources += [p for p in CSRC.glob("cuda/**/*.cu") if p.name != "read_floor.cu"]
-    library = library_path("leanattn_gpu", folder, [options, product, link], EMULATOR)
+    sources.sort(key=lambda path: "instantiate" not in path.parts)  # the longest to compile first
+    library = library_path("leanattn_gpu", folder, [options, product, link], EMULATOR, sources)
 
     with unless_built(library) as unfinished, tempfile.TemporaryDirectory() as objects:
         if not unfinished:
@@ -73,18 +75,17 @@ def build_emulated_gpu(folder):
             return target
 
         with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            # The longest first, which are those with the most kernels.
-            compiled = list(
-                pool.map(compile_one, sorted(sources, key=lambda p: "instan" not in str(p)))
-            )
+            compiled = list(pool.map(compile_one, sources))
         subprocess.run([*compiler(), *compiled, *link, "-o", unfinished], check=True)
     return library
 
 
 def compiler():
     command = shlex.split(os.environ.get("CXX", "g++"))
-    return [*command, "-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}",
-            f"-I{sysconfig.get_path('include')}"]  # fmt: skip
+    command += ["-std=c++20", "-g0", "-fPIC", "-fvisibility=hidden"]
+    # Some distributions turn it on; to it the emulator's jumps from stack to stack are errors.
+    command += ["-U_FORTIFY_SOURCE"]
+    return [*command, f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
 
 
 def emulator_options():
@@ -99,12 +100,14 @@ def emulator_options():
     return ["-DLEANATTN_EMULATED_ARCH=900", f"-I{EMULATOR / 'include'}", *includes]
 
 
-def library_path(name, folder, key, sources):
-    """Of the library in `folder` that is of this key, these sources and csrc/."""
+def library_path(name, folder, key, headers, sources):
+    """Of the library in `folder` that is of this key, these sources, and the headers in the folder
+    `headers` and in csrc/."""
     digest = hashlib.sha256(repr(key).encode())
-    kinds = (".cpp", ".h", ".hpp", ".cu")
-    included = (p for at in (sources, CSRC) for p in at.rglob("*") if p.suffix in kinds)
-    for path in sorted(p for p in included if CSRC / "cutlass" not in p.parents):
+    kinds = (".h", ".hpp", ".cu")
+    included = (p for at in (headers, CSRC) for p in at.rglob("*") if p.suffix in kinds)
+    included = (p for p in included if CSRC / "cutlass" not in p.parents)
+    for path in sorted({*included, *sources}):
         digest.update(path.read_bytes())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     return Path(folder) / f"{name}-{digest.hexdigest()[:16]}{suffix}"
