@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch.utils.cpp_extension
+from native.build import CSRC, cutlass_headers
 
-CSRC = Path(__file__).parents[1] / "csrc"
 SOURCE = """
 #include "cuda/launch_kernel.h"
 namespace leanattn { LEANATTN_INSTANTIATE(64, 8, Kind::kMma) }
@@ -22,10 +22,9 @@ def compiled(tmp_path_factory):
     nvcc = Path(cuda_home, "bin", "nvcc")
     if not nvcc.is_file():
         pytest.skip("needs nvcc")
-    cutlass = CSRC / "cutlass" / "include"
-    if not cutlass.is_dir():
-        package = pytest.importorskip("cutlass_library")
-        cutlass = Path(package.__file__).parent / "source" / "include"
+    cutlass = cutlass_headers()
+    if cutlass is None:
+        pytest.skip("needs CUTLASS's headers")
     folder = tmp_path_factory.mktemp("kernel")
     source = folder / "kernel.cu"
     source.write_text(SOURCE)

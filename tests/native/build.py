@@ -90,14 +90,29 @@ def compiler():
 
 def emulator_options():
     """How CUDA code is compiled for the emulator; None without CUDA's headers."""
+    headers = cuda_headers()
+    return headers and ["-DLEANATTN_EMULATED_ARCH=900", f"-I{EMULATOR / 'include'}", *headers]
+
+
+def cuda_headers():
+    """The compiler's options that find CUDA's headers; None without them."""
     nvcc = Path(torch.utils.cpp_extension._find_cuda_home() or "/nowhere", "bin", "nvcc")
     if not nvcc.is_file():
         return None
     # nvcc, which may be a wrapper, knows best where they are.
     command = [nvcc, "--dryrun", "-x", "cu", "/dev/null"]
     plan = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
-    includes = re.findall(r'^#\$ (?:SYSTEM_)?INCLUDES=.*?"(-I[^"]*)"', plan, re.M)
-    return ["-DLEANATTN_EMULATED_ARCH=900", f"-I{EMULATOR / 'include'}", *includes]
+    lines = re.findall(r"^#\$ (?:SYSTEM_)?INCLUDES=(.*)", plan, re.M)
+    return [option for line in lines for option in shlex.split(line)]
+
+
+def cutlass_headers():
+    """Where CUTLASS's headers are; None without them."""
+    checkout = CSRC / "cutlass" / "include"
+    if checkout.is_dir():
+        return checkout
+    package = importlib.util.find_spec("cutlass_library")
+    return package and Path(package.origin).parent / "source" / "include"
 
 
 def library_path(name, folder, key, headers, sources):
