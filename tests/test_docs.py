@@ -42,7 +42,7 @@ def test_readme():
 
 def test_transformers_page(monkeypatch):
     """With a small Llama in place of the one that would be downloaded."""
-    transformers = pytest.importorskip("transformers", minversion="5.0")
+    transformers = pytest.importorskip("transformers", minversion="5.4")
 
     def from_pretrained(name, *, dtype, attn_implementation):
         config = transformers.LlamaConfig(

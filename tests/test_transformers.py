@@ -5,11 +5,13 @@ Small models with random weights. Every test that could pass without leanattn co
 
 import contextlib
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.0")
+transformers = pytest.importorskip("transformers", minversion="5.4")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from transformers import (  # noqa: E402
@@ -585,6 +587,8 @@ SHARED_LAYERS = dict(
 
 def small_models(name, **more):
     """The model of transformers' name, by eager and by leanattn, with the same weights."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     models = []
     for implementation in ("eager", "leanattn"):
         config = transformers.AutoConfig.for_model(name, **{**SMALL, **more})
@@ -656,3 +660,17 @@ def test_a_mask_of_ones_own_in_int32_is_no_encoding():
     model(make_tokens(29), past_key_values=cache)
     with pytest.raises(RuntimeError, match="bool or float"):
         model(make_tokens(1), past_key_values=cache, attention_mask=mask)
+
+
+def test_a_transformers_too_old(monkeypatch):
+    """Its masks are asked for in another way; it is told so at the import."""
+
+    def sdpa_mask(
+        batch_size, cache_position, kv_length, kv_offset=0, mask_function=None, **options
+    ):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(transformers.masking_utils, "sdpa_mask", sdpa_mask)
+    monkeypatch.delitem(sys.modules, integration.__name__)
+    with pytest.raises(ImportError, match=r"transformers >= 5\.4, got"):
+        importlib.import_module(integration.__name__)

@@ -15,8 +15,10 @@ with `pages` it takes the cache as a paged one whose pages hold one token each, 
 """
 
 import functools
+import inspect
 
 import torch
+import transformers
 from transformers import MODEL_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
@@ -28,6 +30,10 @@ from transformers.masking_utils import (
 
 from leanattn.sdpa import MAX_QUERIES, backend_override, unsupported
 from leanattn.token_pages import as_token_pages
+
+# The way in which masks are asked for has changed with 5.4; before, all but this would be found.
+if "q_length" not in inspect.signature(sdpa_mask).parameters:
+    raise ImportError(f"{__name__} needs transformers >= 5.4, got {transformers.__version__}")
 
 NAME = "leanattn"
 
