@@ -49,7 +49,9 @@ def build_emulated_gpu(folder):
     are more of g++'s options."""
     torch_path = Path(torch.__file__).parent
     users = shlex.split(os.environ.get("EMULATED_GPU_CXXFLAGS", ""))
-    options = [*compiler(), "-O2", "-fopenmp-simd", "-Wno-psabi", *emulator_options(), *users]
+    # A GPU runs the newest code in the wheel that is not newer than itself.
+    arch = 900 if int(os.environ.get("EMULATED_GPU_CAPABILITY", 90)) >= 90 else 800
+    options = [*compiler(), "-O2", "-fopenmp-simd", "-Wno-psabi", *emulator_options(arch), *users]
     options += ["-DUSE_CUDA", "-DLEANATTN_WITH_CUDA", '-DLEANATTN_ARCHS="emulated"']
     options += ['-DLEANATTN_VERSION="emulated"', "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     options += [f"-I{EMULATOR}", f"-I{torch_path / 'include'}"]
@@ -88,10 +90,10 @@ def compiler():
     return [*command, f"-I{CSRC}", f"-I{sysconfig.get_path('include')}"]
 
 
-def emulator_options():
+def emulator_options(arch=900):
     """How CUDA code is compiled for the emulator; None without CUDA's headers."""
     headers = cuda_headers()
-    return headers and ["-DLEANATTN_EMULATED_ARCH=900", f"-I{EMULATOR / 'include'}", *headers]
+    return headers and [f"-DLEANATTN_EMULATED_ARCH={arch}", f"-I{EMULATOR / 'include'}", *headers]
 
 
 def cuda_headers():
