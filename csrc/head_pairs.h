@@ -12,7 +12,7 @@
 //
 // DecodeParams describe the pairs as if they were the cache's heads: schedule, loaders and fixup know
 // nothing of them. Who does: TaskQueue puts q into both halves, MainLoop takes a row's half of the
-// products, write_quad its half of the output, and the scales are those of the row's own head.
+// products, has_output its half of the output, and the scales are those of the row's own head.
 #pragma once
 
 #include "params.h"

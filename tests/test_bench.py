@@ -420,6 +420,21 @@ def test_the_floors_read_any_layout(device):
 
 @pytest.mark.gpu
 @pytest.mark.not_emulated
+def test_what_the_floor_cannot_read(device):
+    """Its copies are of 16 bytes and begin at multiples of them."""
+    memory = torch.zeros(64, dtype=torch.float16, device=device)
+    sink = torch.zeros(1, dtype=torch.int32, device=device)
+    for part, message in (
+        (memory[1:17], "a must begin at a multiple of 16 bytes"),
+        (memory[:17], "a must be a multiple of 16 bytes, got 34"),
+        (memory[::2], r"a must be contiguous on CUDA, got strides \[2\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.leanattn.read_floor(part, memory, sink)
+
+
+@pytest.mark.gpu
+@pytest.mark.not_emulated
 def test_a_run_on_the_gpu(device, tmp_path):
     path = tmp_path / "tiny.csv"
     assert decode.main(["--set", "tiny", "--device", device, "--csv", str(path)]) == 0

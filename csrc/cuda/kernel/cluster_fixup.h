@@ -45,7 +45,7 @@ __device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int u
          i += step) {
       const int row = i / kQuads;
       const int dim = i % kQuads * 4;
-      if (dim >= params.head_dim_v) continue;
+      if (dim >= params.head_dim_v || !has_output<Traits>(params, segment, row, dim)) continue;
       QuadState states[kMaxClusterSize];
 #pragma unroll
       for (int rank = 0; rank < kMaxClusterSize; ++rank) {

@@ -61,7 +61,9 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
                           state);
     const auto finish = [&](int row, int dim, const QuadState& merged) {
       if (is_whole) {
-        write_quad<Traits>(params, segment, row, dim, merged);
+        if (has_output<Traits>(params, segment, row, dim)) {
+          write_quad<Traits>(params, segment, row, dim, merged);
+        }
       } else if (in_cluster) {
         store_cluster_partial<Traits>(smem, row, dim, merged);
       } else {

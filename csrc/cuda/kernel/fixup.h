@@ -85,6 +85,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
   constexpr int kInFlight = 8;  // partials that a thread loads at once
   const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
   for_each_quad<Traits>(0, rows, params.head_dim_v, [&](int row, int dim) {
+    if (!has_output<Traits>(params, segment, row, dim)) return;
     QuadState merged;
     for (int first = units.first; first <= units.last; first += kInFlight) {
       QuadState batch[kInFlight];

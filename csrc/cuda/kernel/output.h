@@ -40,15 +40,26 @@ __device__ __forceinline__ uint2 pack_quad(const float (&o)[4], float factor) {
   return {pack<Element>(o[0] * factor, o[1] * factor), pack<Element>(o[2] * factor, o[3] * factor)};
 }
 
+// Whether these elements of an item's row belong to out: with pairs of heads, its own head's half does.
+template <class Traits>
+__device__ __forceinline__ bool has_output(const DecodeParams& params, const Segment& segment,
+                                           int item_row, int dim) {
+  if constexpr (Traits::kPairsHeads) {
+    if (params.head_pairs) {
+      const int query_head = query_row(params, segment, item_row).head;
+      return dim / (Traits::kHeadDimV / 2) == half_of_pair(params, query_head);
+    }
+  }
+  return true;
+}
+
+// Where has_output says so.
 template <class Traits>
 __device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
                                            int item_row, int dim, QuadState state) {
   const QueryRow row = query_row(params, segment, item_row);
   if constexpr (Traits::kPairsHeads) {
-    if (params.head_pairs) {
-      dim -= half_of_pair(params, row.head) * (Traits::kHeadDimV / 2);
-      if (dim < 0 || dim >= Traits::kHeadDimV / 2) return;  // the other head's
-    }
+    if (params.head_pairs) dim -= half_of_pair(params, row.head) * (Traits::kHeadDimV / 2);
   }
   const int q_row = segment.sequence.query_begin + row.query;
   const bool wants_lse = dim == 0 && params.lse;
