@@ -394,10 +394,11 @@ void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
   run(check, arguments, out, lse);
 }
 
-void decode_check(LEANATTN_DECODE_ARGUMENTS) {
+void decode_check(LEANATTN_DECODE_ARGUMENTS, OptionalTensor out) {
   const Checker check("decode");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   check_arguments(check, arguments);
+  if (out) check_out(check, arguments, *out, std::nullopt);
 #ifdef LEANATTN_WITH_CUDA
   if (!arguments.q.is_cuda()) return;
   const int device = arguments.q.get_device_index();

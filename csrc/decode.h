@@ -24,6 +24,6 @@ void decode_out(LEANATTN_DECODE_ARGUMENTS, Tensor out);
 void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse);
 
 // Only the checks: throws what the others would throw before a launch.
-void decode_check(LEANATTN_DECODE_ARGUMENTS);
+void decode_check(LEANATTN_DECODE_ARGUMENTS, OptionalTensor out);
 
 }  // namespace leanattn

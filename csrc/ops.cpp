@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("decode_with_lse(" LEANATTN_DECODE_SCHEMA ") -> (Tensor out, Tensor lse)");
   m.def("decode_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out) -> ()");
   m.def("decode_with_lse_out(" LEANATTN_DECODE_SCHEMA ", Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def("decode_check(" LEANATTN_DECODE_SCHEMA ") -> ()");
+  m.def("decode_check(" LEANATTN_DECODE_SCHEMA ", Tensor? out=None) -> ()");
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
       "Tensor? block_table=None, *, Tensor? cu_seqlens=None, Tensor? k_scale=None, "

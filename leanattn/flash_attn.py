@@ -94,6 +94,12 @@ def flash_attn_with_kvcache(
         if not 0 <= cache_seqlens < 2**31:
             _refuse("cache_seqlens", f"must be from 0 to 2^31 - 1, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if block_table is None and k_cache.shape[1] == 0:
+        # There is nothing to choose from, and a page holds at least one token.
+        cache_batch_idx = cache_leftpad = None
+        k_cache, v_cache = (
+            cache.new_empty(batch, *cache.shape[1:]) for cache in (k_cache, v_cache)
+        )
     if block_table is None:
         k_rows, v_rows = k_cache, v_cache  # as they are addressed with cache_leftpad
         if cache_batch_idx is not None:
@@ -158,6 +164,10 @@ def _check_tensors(**tensors):
             _refuse(name, f"must be a tensor{' or None' * may_be_none}, got {tensor!r}")
         if tensor is not None and tensor.device != tensors["q"].device:
             _refuse(name, f"must be on q's device, {tensors['q'].device}, got {tensor.device}")
+    for name in ("k_cache", "v_cache"):
+        if tensors[name].dim() != 4:
+            shape = list(tensors[name].shape)
+            _refuse(name, f"must be [B, S, Hkv, D], or pages likewise, got shape {shape}")
 
 
 def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):

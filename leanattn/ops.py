@@ -4,6 +4,7 @@ Schemas and implementations are in C++ (csrc/ops.cpp); importing leanattn._C reg
 """
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
 
@@ -255,8 +256,12 @@ def check_decode(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **op
         _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
 
 
-def is_supported(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
+def is_supported(
+    q, k_cache, v_cache, cache_seqlens=None, block_table=None, *, return_lse=False, **options
+):
     """Whether `decode` takes these arguments: (True, "") or (False, the reason).
+
+    return_lse changes nothing: what can be computed has a log-sum-exp.
 
     Of fake and meta tensors, as under torch.compile, only that they share a device is checked.
     """
@@ -359,7 +364,9 @@ def _raise_no_derivative():
     )
 
 
-class _NoBackward(torch.autograd.Function):
+# The kernel below runs at one level of torch.func's transforms, and so do these:
+# torch.autograd.Function would begin with all of them once more.
+class _NoBackward(torch.autograd.function._SingleLevelFunction):
     """Passes an op's outputs on, so that a backward through them says what to use instead."""
 
     @staticmethod
@@ -373,7 +380,7 @@ class _NoBackward(torch.autograd.Function):
         _raise_no_derivative()
 
 
-class _NoBackwardInPlace(torch.autograd.Function):
+class _NoBackwardInPlace(torch.autograd.function._SingleLevelFunction):
     """The same for a tensor that an op has written to."""
 
     @staticmethod
@@ -389,7 +396,9 @@ class _NoBackwardInPlace(torch.autograd.Function):
 def has_tangent(*tensors):
     """Whether a forward-mode derivative is being taken with respect to one of the tensors."""
     forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level < 0 and torch._C._functorch.maybe_current_level() is None:
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    jvp = torch._C._functorch.TransformType.Jvp
+    if forward_ad._current_level < 0 and all(transform.key() != jvp for transform in transforms):
         return False
     return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
 
@@ -414,10 +423,11 @@ def _register_autograd(op):
             torch.autograd.graph.increment_version(result)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-            for result in results:
-                _NoBackwardInPlace.apply(result, *(t for t in inputs if t is not result))
-            if outputs is not None:
-                return _NoBackward.apply(outputs, *inputs)
+            with enable_single_level_autograd_function():
+                for result in results:
+                    _NoBackwardInPlace.apply(result, *(t for t in inputs if t is not result))
+                if outputs is not None:
+                    return _NoBackward.apply(outputs, *inputs)
         return outputs
 
     _autograd_kernels.impl(op.name(), kernel, "Autograd", with_keyset=True)

@@ -216,11 +216,11 @@ def schedule(
             f"leanattn::schedule: num_heads_q must be a multiple of num_heads_kv, {num_heads_kv}, "
             f"got {num_heads_q}"
         )
-    lengths = _int32(cache_seqlens)
-    offsets = None if cu_seqlens_q is None else _int32(cu_seqlens_q)
+    lengths = _int32("cache_seqlens", cache_seqlens)
+    offsets = None if cu_seqlens_q is None else _int32("cu_seqlens_q", cu_seqlens_q)
     group_size = num_heads_q // num_heads_kv
     if capacity is None:
-        capacity = max([0, *lengths.tolist()])
+        capacity = max([0, *lengths.flatten().tolist()])
     if rows_per_item is None:
         queries = seqlen_q
         if offsets is not None and offsets.numel():
@@ -228,7 +228,7 @@ def schedule(
         rows_per_item = _rows_per_item(queries * group_size, head_dim)
     table = torch.ops.leanattn.schedule(
         lengths, num_heads_kv, group_size, capacity, head_dim, num_units, rows_per_item, seqlen_q,
-        offsets, causal, window_left, window_right,
+        offsets, causal, min(window_left, _MAX_INT32), min(window_right, _MAX_INT32),
     )  # fmt: skip
     return Schedule(
         segments=tuple(Segment(*row) for row in table.tolist()),
@@ -239,11 +239,20 @@ def schedule(
     )
 
 
-def _int32(values):
+_MAX_INT32 = 2**31 - 1
+
+
+def _int32(name, values):
     # A tensor keeps its dtype, which the op checks.
     if isinstance(values, torch.Tensor):
         return values.cpu()
-    return torch.tensor(list(values), dtype=torch.int32)
+    values = list(values)
+    for value in values:
+        if not hasattr(value, "__index__") or not -_MAX_INT32 <= value <= _MAX_INT32:
+            raise RuntimeError(
+                f"leanattn::schedule: {name} must be integers of 32 bits, got {value!r}"
+            )
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def _tile_tokens(head_dim):

@@ -133,6 +133,8 @@ def unsupported(query, key, value):
     narrow = dtype in (torch.float16, torch.bfloat16)
     if not narrow and not (device == "cpu" and dtype == torch.float32):
         return "the dtype is not float16 or bfloat16 (on the CPU also float32)"
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != dtype:
+        return "autocast is on, for another dtype"
     if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
         return "query, key and value differ in batch, or key and value in heads or length"
     if query.shape[3] != key.shape[3]:

@@ -238,6 +238,23 @@ def test_rows_that_see_no_key(device):
         assert (out[0] == 0).all() and (lse[0] == sinks).all() and (lse[1, :2] == sinks).all()
 
 
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_no_key_is_0_whatever_sink_and_scale(batch_invariant, device):
+    """Also in a sequence of which other rows see keys: 0 times NaN is NaN."""
+    case = make_case(
+        device, torch.float16, lengths=(2,), seqlen_q=4, cache_dtype=torch.float8_e4m3fn
+    )
+    options = dict(batch_invariant=batch_invariant)
+    for value in (math.nan, math.inf):
+        out, lse = run({**case, "v_scale": torch.full((1,), value, device=device)}, **options)
+        assert (out[0, :2] == 0).all() and (lse[0, :2] == -math.inf).all()
+        assert not out[0, 2:].isfinite().any()
+    case = make_case(device, torch.float16, lengths=(2,), seqlen_q=4)
+    case["sinks"] = torch.full((case["q"].shape[-2],), math.nan, device=device)
+    out, lse = run(case, **options)
+    assert (out[0, :2] == 0).all() and lse.isnan().all() and out[0, 2:].isnan().all()
+
+
 @pytest.mark.parametrize("value", [-math.inf, -1e30, -100.0, 0.0, 100.0])
 def test_sinks_of_any_size(value, device):
     """-inf is no sink at all; a large one takes all the weight, in out as in lse; neither may
@@ -670,6 +687,10 @@ def test_is_supported(device):
     assert supported is True and isinstance(reason, str)
     supported, reason = leanattn.is_supported(**case, softcap=-1.0)
     assert supported is False and "softcap" in reason
+    out = torch.empty_like(case["q"])
+    assert leanattn.is_supported(**case, out=out, return_lse=True) == (True, "")
+    supported, reason = leanattn.is_supported(**case, out=out[:1])
+    assert supported is False and "decode: out must have shape" in reason
 
 
 @st.composite

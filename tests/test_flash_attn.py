@@ -428,3 +428,18 @@ def test_in_a_graph_without_a_sync(device):
         assert_same_bits(out, wanted)
         eager["cache_seqlens"] += 1
     assert_same_bits(call["k_cache"], eager["k_cache"])
+
+
+@pytest.mark.parametrize("name", ["cache_leftpad", "cache_batch_idx"])
+def test_empty_caches_whose_rows_are_chosen(name, device):
+    q = torch.randn(2, 1, 4, 64, device=device).half()
+    cache = torch.empty(3, 0, 2, 64, device=device).half()
+    out = flash_attn_with_kvcache(q, cache, cache, **{name: int32([0, 1], device)})
+    assert (out == 0).all() and out.shape == q.shape
+
+
+def test_caches_of_three_dimensions(device):
+    q = torch.randn(1, 1, 4, 64, device=device).half()
+    cache = torch.randn(20, 2, 64, device=device).half()
+    with pytest.raises(ValueError, match=r"k_cache must be .* got shape \[20, 2, 64\]"):
+        flash_attn_with_kvcache(q, cache, cache, cache_leftpad=int32([0], device))

@@ -188,3 +188,17 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"matplotlib.*\[demo\]"):
         ragged().plot(tmp_path / "schedule.png")
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1.9], [2**31], [None], torch.zeros(1, 2, dtype=torch.int32)], ids=str
+)
+def test_what_are_no_lengths(lengths):
+    with pytest.raises(RuntimeError, match="cache_seqlens must be"):
+        leanattn.schedule(lengths, 4, 2, 64)
+
+
+def test_windows_beyond_all_tokens():
+    """decode takes any up to 2^63 - 1."""
+    wide = leanattn.schedule([300], 4, 2, 64, causal=False, window_left=2**40, window_right=2**31)
+    assert wide == leanattn.schedule([300], 4, 2, 64, causal=False)

@@ -322,3 +322,25 @@ def test_wide_heads_go_to_torch_where_they_have_no_room(capability, taken, monke
 
     assert reason(256) is None
     assert (reason(264) is None) == taken
+
+
+def test_vmap():
+    """What it does with torch's function, it does with this one."""
+    query, key = torch.randn(3, 2, 4, 5, 16), torch.randn(3, 2, 4, 9, 16)
+    expected = torch.func.vmap(torch_sdpa)(query, key, key)
+    actual = torch.func.vmap(leanattn.scaled_dot_product_attention)(query, key, key)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_autocast(monkeypatch):
+    """torch casts, and leanattn does not: asked for by name it says so."""
+    query, key = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 9, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = leanattn.scaled_dot_product_attention(query, key, key)
+        assert out.dtype == torch.bfloat16
+        monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+        with pytest.raises(ValueError, match="autocast"):
+            leanattn.scaled_dot_product_attention(query, key, key)
+        narrow = key.bfloat16()
+        out = leanattn.scaled_dot_product_attention(query.bfloat16(), narrow, narrow)
+        assert out.dtype == torch.bfloat16

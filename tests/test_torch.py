@@ -251,6 +251,8 @@ def test_forward_mode_raises_too(device):
             torch.ops.leanattn.decode(forward_ad.make_dual(q, q), **rest)
     with pytest.raises(RuntimeError, match="inference only"):
         torch.func.jvp(lambda x: torch.ops.leanattn.decode(x, **rest), (q,), (q,))
+    with pytest.raises(RuntimeError, match="scaled_dot_product_attention"):
+        torch.func.grad(lambda x: torch.ops.leanattn.decode(x, **rest).sum())(q)
 
 
 def test_out_is_known_to_be_written(device):
