@@ -4,6 +4,8 @@
 `from flash_attn import flash_attn_with_kvcache` is all that a program has to change.
 """
 
+import os
+
 import torch
 
 from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
@@ -71,7 +73,8 @@ def flash_attn_with_kvcache(
         out `[B, Sq, Hq, D]`; or (out, lse), lse fp32 `[B, Hq, Sq]`.
 
     Raises:
-        ValueError: arguments that do not go together.
+        ValueError: arguments that do not go together; with LEANATTN_CHECK=1 rows of the caches that
+            would be clamped.
         NotImplementedError: cache_leftpad where k_cache's and v_cache's strides of sequences and
             tokens are not alike.
         RuntimeError: from the ops, naming the argument, what was given and what is allowed.
@@ -94,6 +97,14 @@ def flash_attn_with_kvcache(
         if not 0 <= cache_seqlens < 2**31:
             _refuse("cache_seqlens", f"must be from 0 to 2^31 - 1, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    if _value_checks_wanted():
+        rows, capacity = k_cache.shape[:2]
+        ends = [capacity] * batch
+        if cache_seqlens is not None:
+            new_tokens = 0 if k is None else k.shape[1]
+            ends = [min(n + new_tokens, capacity) for n in cache_seqlens.tolist()]
+        _check_values("cache_batch_idx", cache_batch_idx, [rows - 1] * batch)
+        _check_values("cache_leftpad", cache_leftpad, ends)
     if block_table is None and k_cache.shape[1] == 0:
         # There is nothing to choose from, and a page holds at least one token.
         cache_batch_idx = cache_leftpad = None
@@ -155,6 +166,21 @@ def flash_attn_with_kvcache(
 
 def _refuse(argument, text):
     raise ValueError(f"flash_attn_with_kvcache: {argument} {text}")
+
+
+def _value_checks_wanted():
+    """As the ops have it: LEANATTN_CHECK is set, and nothing is being captured or traced."""
+    if os.environ.get("LEANATTN_CHECK", "0") in ("", "0") or torch.compiler.is_compiling():
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _check_values(name, values, largest):
+    if values is None:
+        return
+    for i, (value, limit) in enumerate(zip(values.tolist(), largest)):
+        if not 0 <= value <= limit:
+            _refuse(name, f"[{i}] must be from 0 to {limit}, got {value}")
 
 
 def _check_tensors(**tensors):

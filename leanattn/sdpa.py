@@ -95,6 +95,9 @@ def explain(
 
     Returns:
         Route(backend, reason).
+
+    Raises:
+        ValueError: where the call itself would, because of LEANATTN_BACKEND.
     """
     return _route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -443,3 +443,30 @@ def test_caches_of_three_dimensions(device):
     cache = torch.randn(20, 2, 64, device=device).half()
     with pytest.raises(ValueError, match=r"k_cache must be .* got shape \[20, 2, 64\]"):
         flash_attn_with_kvcache(q, cache, cache, cache_leftpad=int32([0], device))
+
+
+@pytest.mark.parametrize(
+    "name, values, message",
+    [
+        ("cache_leftpad", [-1, 0], r"cache_leftpad \[0\] must be from 0 to 5, got -1"),
+        ("cache_leftpad", [5, 8], r"cache_leftpad \[1\] must be from 0 to 7, got 8"),
+        ("cache_batch_idx", [0, 3], r"cache_batch_idx \[1\] must be from 0 to 2, got 3"),
+    ],
+)
+def test_rows_that_would_be_clamped(name, values, message, device, monkeypatch):
+    """LEANATTN_CHECK=1 finds the caller's bug, by the caller's names."""
+    q, k = (torch.randn(2, 1, heads, 64, device=device).half() for heads in (4, 2))
+    cache = torch.randn(3, 40, 2, 64, device=device).half()
+    lengths = int32([4, 6], device)
+
+    def call(values):
+        rows = {name: int32(values, device)}
+        flash_attn_with_kvcache(q, cache, cache.clone(), k, k, cache_seqlens=lengths, **rows)
+
+    call(values)
+    monkeypatch.setenv("LEANATTN_CHECK", "1")
+    call([2, 1])
+    before = cache.clone()
+    with pytest.raises(ValueError, match=message):
+        call(values)
+    assert torch.equal(cache, before)
