@@ -239,6 +239,12 @@ def schedule(
     )
 
 
+@torch.library.register_fake("leanattn::schedule")
+def _(cache_seqlens, *args, **kwargs):
+    num_segments = torch.library.get_ctx().new_dynamic_size()
+    return cache_seqlens.new_empty((num_segments, len(Segment._fields)), dtype=torch.int64)
+
+
 _MAX_INT32 = 2**31 - 1
 
 

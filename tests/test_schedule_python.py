@@ -202,3 +202,12 @@ def test_windows_beyond_all_tokens():
     """decode takes any up to 2^63 - 1."""
     wide = leanattn.schedule([300], 4, 2, 64, causal=False, window_left=2**40, window_right=2**31)
     assert wide == leanattn.schedule([300], 4, 2, 64, causal=False)
+
+
+def test_opcheck():
+    """How many segments there are, a trace does not know."""
+    lengths = torch.tensor([500, 30], dtype=torch.int32)
+    arguments = (lengths, 2, 2, 600, 64, 4, 8)
+    torch.library.opcheck(torch.ops.leanattn.schedule.default, arguments)
+    segments_of = torch.compile(torch.ops.leanattn.schedule, backend="eager")
+    assert torch.equal(segments_of(*arguments), torch.ops.leanattn.schedule(*arguments))
