@@ -40,9 +40,6 @@ namespace {
 
 // --- Parameters ----------------------------------------------------------------------------------
 
-// A window that reaches past every int is none.
-int window(int64_t value) { return value > kMaxInt ? -1 : static_cast<int>(value); }
-
 // Tokens that a sequence can hold. Lengths are int32, so more than that cannot be used.
 int capacity_of(const DecodeArguments& a) {
   if (!a.block_table) return static_cast<int>(a.k_cache.size(1));
@@ -73,7 +70,7 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
   problem.total_q = ragged ? static_cast<int>(a.q.size(0)) : 0;
   problem.capacity = capacity_of(a);
   problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
-  problem.mask = {window(a.window_left), a.causal ? 0 : window(a.window_right)};
+  problem.mask = make_mask(a.causal, a.window_left, a.window_right);
 
   // q, out and lse have no batch dimension with cu_seqlens_q, and no sequence dimension when 3-D
   // without it.

@@ -42,8 +42,9 @@ void read_floor(Tensor a, Tensor b, Tensor sink) {
                   "must be contiguous on CUDA, got strides ", strides_of(t), " on ", device_of(t));
     check.require(t.numel() * t.element_size() % 16 == 0, name,
                   "must be a multiple of 16 bytes, got ", t.numel() * t.element_size());
-    check.require(reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0, name,
-                  "must begin at a multiple of 16 bytes");
+    const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    check.require(address % 16 == 0, name, "must begin on a 16-byte boundary, got address ",
+                  address);
     check.same_device(t, name, a);
   };
   check_input(a, "a");

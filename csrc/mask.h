@@ -3,6 +3,8 @@
 // here knows of tiles, heads or memory.
 #pragma once
 
+#include <cstdint>
+
 #include "host_device.h"
 
 namespace leanattn {
@@ -22,6 +24,12 @@ struct Mask {
   int window_left;
   int window_right;
 };
+
+// Windows of any size from -1 on: one that reaches past every int is none.
+inline Mask make_mask(bool causal, int64_t window_left, int64_t window_right) {
+  const auto window = [](int64_t size) { return size > INT32_MAX ? -1 : static_cast<int>(size); };
+  return {window(window_left), causal ? 0 : window(window_right)};
+}
 
 // The keys that the query at `position` sees in a sequence of `length` tokens. The position is
 // negative where a sequence has more queries than tokens; such a query may see nothing.

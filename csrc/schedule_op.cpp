@@ -1,6 +1,7 @@
 #include "schedule_op.h"
 
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "new_tensor.h"
@@ -62,8 +63,11 @@ Tensor schedule(Tensor cache_seqlens, int64_t num_heads_kv, int64_t group_size, 
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, problem.rows_per_item);
   check.require(!causal || window_right <= 0, "window_right",
                 "must be -1 or 0 when causal is True, got ", window_right);
-  problem.mask = {in_range(window_left, "window_left", -1, kMax),
-                  causal ? 0 : in_range(window_right, "window_right", -1, kMax)};
+  for (const auto& [size, name] :
+       {std::pair{window_left, "window_left"}, {window_right, "window_right"}}) {
+    check.require(size >= -1, name, "must be >= -1 (-1 is no limit), got ", size);
+  }
+  problem.mask = make_mask(causal, window_left, window_right);
   check.require(max_tiles(problem) <= kMaxTiles, "cache_seqlens", "may hold at most ", kMaxTiles,
                 " tiles over all heads, got room for ", max_tiles(problem));
 

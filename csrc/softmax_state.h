@@ -104,12 +104,15 @@ struct alignas(kWidth % 2 == 0 ? 8 : 4) SoftmaxState {
     max = new_max;
   }
 
-  // A sink is one more logit in the denominator: a state with sum 1 and no value.
+  // A sink is one more logit in the denominator. It has no value, so o takes nothing from it, NaN
+  // neither.
   LEANATTN_HD void merge_sink(float sink) {
-    SoftmaxState others[1];
-    others[0].max = sink_log2(sink);
-    others[0].sum = 1.0f;
-    merge(others);
+    const float logit = sink_log2(sink);
+    const float new_max = fmaxf(max, logit);
+    const float own = rescale_factor(max, new_max);
+    sum = fmaf(own, sum, rescale_factor(logit, new_max));
+    for (int d = 0; d < kWidth; ++d) o[d] *= own;
+    max = new_max;
   }
 };
 

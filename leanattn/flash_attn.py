@@ -99,18 +99,20 @@ def flash_attn_with_kvcache(
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     if _value_checks_wanted():
         rows, capacity = k_cache.shape[:2]
-        ends = [capacity] * batch
-        if cache_seqlens is not None:
-            new_tokens = 0 if k is None else k.shape[1]
-            ends = [min(n + new_tokens, capacity) for n in cache_seqlens.tolist()]
-        _check_values("cache_batch_idx", cache_batch_idx, [rows - 1] * batch)
-        _check_values("cache_leftpad", cache_leftpad, ends)
-    if block_table is None and k_cache.shape[1] == 0:
-        # There is nothing to choose from, and a page holds at least one token.
-        cache_batch_idx = cache_leftpad = None
-        k_cache, v_cache = (
-            cache.new_empty(batch, *cache.shape[1:]) for cache in (k_cache, v_cache)
-        )
+        if cache_batch_idx is not None:
+            _check_values("cache_batch_idx", cache_batch_idx, [rows - 1] * batch)
+        if cache_leftpad is not None:
+            ends = [capacity] * batch
+            if cache_seqlens is not None:
+                new_tokens = 0 if k is None else k.shape[1]
+                ends = (cache_seqlens + new_tokens).clamp(max=capacity).tolist()
+            _check_values("cache_leftpad", cache_leftpad, ends)
+    if k_cache.shape[1] == 0:
+        # There is nothing to choose from, and pages, as which rows are chosen, are not empty.
+        cache_leftpad = None
+        if cache_batch_idx is not None:
+            cache_batch_idx = None
+            k_cache, v_cache = (t.new_empty(batch, *t.shape[1:]) for t in (k_cache, v_cache))
     if block_table is None:
         k_rows, v_rows = k_cache, v_cache  # as they are addressed with cache_leftpad
         if cache_batch_idx is not None:
@@ -176,8 +178,6 @@ def _value_checks_wanted():
 
 
 def _check_values(name, values, largest):
-    if values is None:
-        return
     for i, (value, limit) in enumerate(zip(values.tolist(), largest)):
         if not 0 <= value <= limit:
             _refuse(name, f"[{i}] must be from 0 to {limit}, got {value}")

@@ -228,7 +228,7 @@ def schedule(
         rows_per_item = _rows_per_item(queries * group_size, head_dim)
     table = torch.ops.leanattn.schedule(
         lengths, num_heads_kv, group_size, capacity, head_dim, num_units, rows_per_item, seqlen_q,
-        offsets, causal, min(window_left, _MAX_INT32), min(window_right, _MAX_INT32),
+        offsets, causal, window_left, window_right,
     )  # fmt: skip
     return Schedule(
         segments=tuple(Segment(*row) for row in table.tolist()),
@@ -245,16 +245,13 @@ def _(cache_seqlens, *args, **kwargs):
     return cache_seqlens.new_empty((num_segments, len(Segment._fields)), dtype=torch.int64)
 
 
-_MAX_INT32 = 2**31 - 1
-
-
 def _int32(name, values):
     # A tensor keeps its dtype, which the op checks.
     if isinstance(values, torch.Tensor):
         return values.cpu()
     values = list(values)
     for value in values:
-        if not hasattr(value, "__index__") or not -_MAX_INT32 <= value <= _MAX_INT32:
+        if not hasattr(value, "__index__") or not -(2**31) <= value < 2**31:
             raise RuntimeError(
                 f"leanattn::schedule: {name} must be integers of 32 bits, got {value!r}"
             )

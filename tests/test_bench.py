@@ -425,7 +425,7 @@ def test_what_the_floor_cannot_read(device):
     memory = torch.zeros(64, dtype=torch.float16, device=device)
     sink = torch.zeros(1, dtype=torch.int32, device=device)
     for part, message in (
-        (memory[1:17], "a must begin at a multiple of 16 bytes"),
+        (memory[1:17], "a must begin on a 16-byte boundary, got address"),
         (memory[:17], "a must be a multiple of 16 bytes, got 34"),
         (memory[::2], r"a must be contiguous on CUDA, got strides \[2\]"),
     ):

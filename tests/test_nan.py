@@ -125,6 +125,17 @@ def test_logit_of_minus_infinity(position, device, force_units):
         assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize("sinks", [False, True])
+def test_nan_in_a_value_of_no_weight(sinks, device):
+    """A row that sees it is not one without keys, be all scores -inf."""
+    case = make_case(device, sharp_dtype(device), lengths=(300, 257), sinks=sinks)
+    case["q"].abs_()
+    case["k_cache"][0] = -math.inf
+    case["v_cache"][0, 7, :, 5] = math.nan
+    out, lse = run(case)
+    assert out[0, ..., 5].isnan().all() and out.isnan().sum() == out[0, ..., 5].numel()
+
+
 def test_nan_in_one_query_row(device, dtype):
     """Packed rows share a multiplication: the NaN stays in its row and head."""
     case = make_case(device, dtype, lengths=(300, 7), seqlen_q=5, heads=(6, 2))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 NATIVE = Path(__file__).parent / "native"
-THREADS, DEPTH = 128, 16  # of a product
+DEPTH = 16  # of a product
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,7 @@ class CpuDecode {
     const float v_scale = scale_of(params_.v_scale, segment.seq, segment.head);
     for (int row = 0; row < rows_of(segment); ++row) {
       const QueryRow r = query_row(params_, segment, row);
-      const bool has_keys = states.sum[row] != 0.0;  // else out is 0, be the sink and the scale NaN
+      const bool has_keys = states.sum[row] != 0.0;
       float lse;
       if (params_.sinks) {
         const float sink = params_.sinks[r.head * params_.sinks_stride];
@@ -323,8 +323,10 @@ class CpuDecode {
       } else {
         lse = lse_of(states.max[row], states.sum[row]);
       }
-      write_row(segment.seq, segment.sequence.query_begin + r.query, r.head,
-                has_keys ? states.o_row(row) : nullptr, inverse_of(states.sum[row]) * v_scale, lse);
+      // Without keys 0, be the sink and the scale NaN.
+      const double factor = has_keys ? inverse_of(states.sum[row]) * v_scale : 0.0;
+      write_row(segment.seq, segment.sequence.query_begin + r.query, r.head, states.o_row(row),
+                factor, lse);
     }
   }
 

@@ -31,7 +31,7 @@ from transformers.masking_utils import (
 from leanattn.sdpa import MAX_QUERIES, backend_override, unsupported
 from leanattn.token_pages import as_token_pages
 
-# The way in which masks are asked for has changed with 5.4; before, all but this would be found.
+# Until 5.3 masks were asked for in another way, though all that is imported here is there.
 if "q_length" not in inspect.signature(sdpa_mask).parameters:
     raise ImportError(f"{__name__} needs transformers >= 5.4, got {transformers.__version__}")
 

@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   }
   const int q_row = segment.sequence.query_begin + row.query;
   const bool wants_lse = dim == 0 && params.lse;
-  const bool has_keys = state.sum != 0.0f;  // else out is 0, be the sink and the scale NaN
+  const bool has_keys = state.sum != 0.0f;
   float lse = 0.0f;
   if (params.sinks) {
     const float sink = params.sinks[row.head * params.sinks_stride];
@@ -77,12 +77,10 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   if constexpr (Traits::kFloat8) {
     factor *= scale_of(params.v_scale, segment.seq, own_kv_head(params, segment, row.head));
   }
-  uint2 packed{};
-  if (has_keys) {
-    packed = params.element_type == ElementType::kBFloat16
-                 ? pack_quad<__nv_bfloat16>(state.o, factor)
-                 : pack_quad<__half>(state.o, factor);
-  }
+  if (!has_keys) factor = 0.0f;  // be the sink and the scale NaN
+  const uint2 packed = params.element_type == ElementType::kBFloat16
+                           ? pack_quad<__nv_bfloat16>(state.o, factor)
+                           : pack_quad<__half>(state.o, factor);
   Float16* out =
       static_cast<Float16*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
   *reinterpret_cast<uint2*>(out + dim) = packed;
