@@ -3,11 +3,11 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "append.h"
-#include "decode.h"
-#include "device_ops.h"
-#include "merge.h"
-#include "schedule_op.h"
+#include "binding/append.h"
+#include "binding/decode.h"
+#include "binding/device_ops.h"
+#include "binding/merge.h"
+#include "binding/schedule_op.h"
 
 #define LEANATTN_DECODE_SCHEMA                                                                  \
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens=None, Tensor? "              \

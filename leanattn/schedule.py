@@ -1,7 +1,7 @@
 """The schedule of a decode call, to look at: the scheduler's own table, as text and as a picture.
 
 `decode` makes its schedule on the device, from the lengths, in every call. This module asks the
-same C++ functions (csrc/schedule.h) on the CPU; nothing here is on the path of a decode.
+same C++ functions (csrc/core/schedule.h) on the CPU; nothing here is on the path of a decode.
 
 The partition is that of Stream-K (arXiv 2301.03598, section 4) applied to attention as in
 LeanAttention (arXiv 2405.10480, section IV-C): the KV tiles of all items, item after item, form one
@@ -187,7 +187,7 @@ def schedule(
 
     Stream-K (arXiv 2301.03598) over the KV tiles of a batch, as LeanAttention (arXiv 2405.10480)
     has it. Where items are alike the CUDA kernels may keep them whole or share them out within
-    clusters instead (csrc/cost_model.h). For tests, tools and pictures: `decode` needs no call of
+    clusters instead (csrc/plan/cost_model.h). For tests, tools and pictures: `decode` needs no call of
     this.
 
     Args:

@@ -1,4 +1,4 @@
-"""csrc/cost_model.h: which layout is chosen, and that nothing it knows of would be faster."""
+"""csrc/plan/cost_model.h: which layout is chosen, and that nothing it knows of would be faster."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""csrc/mask.h against the visibility rule, key by key."""
+"""csrc/core/mask.h against the visibility rule, key by key."""
 
 import itertools
 

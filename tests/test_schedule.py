@@ -1,4 +1,4 @@
-"""csrc/schedule.h against a line of tiles made here, key by key, from the visibility rule."""
+"""csrc/core/schedule.h against a line of tiles made here, key by key, from the visibility rule."""
 
 import itertools
 

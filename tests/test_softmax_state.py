@@ -1,4 +1,4 @@
-"""csrc/softmax_state.h: a commutative monoid, to rounding, that ends in fp64's softmax.
+"""csrc/core/softmax_state.h: a commutative monoid, to rounding, that ends in fp64's softmax.
 
 Scores are in units of log2 here, as in the header.
 """

@@ -1,4 +1,4 @@
-"""csrc/workspace.h: a launch has memory for every partial that its layout can leave, and none for
+"""csrc/plan/workspace.h: a launch has memory for every partial that its layout can leave, and none for
 what it cannot use."""
 
 import math

@@ -1,7 +1,7 @@
 // Appending to the caches on the CPU, with RoPE or without.
 #pragma once
 
-#include "../append_params.h"
+#include "core/append_params.h"
 #include "decode_cpu.h"
 
 namespace leanattn {

@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "../params.h"
+#include "core/params.h"
 
 namespace leanattn {
 

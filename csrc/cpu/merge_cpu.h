@@ -1,7 +1,7 @@
 // Merging partial results on the CPU.
 #pragma once
 
-#include "../merge_params.h"
+#include "core/merge_params.h"
 #include "decode_cpu.h"
 
 namespace leanattn {

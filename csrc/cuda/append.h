@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../append_params.h"
+#include "core/append_params.h"
 
 namespace leanattn {
 

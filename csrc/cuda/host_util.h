@@ -7,8 +7,8 @@
 
 #include <cuda_runtime.h>
 
-#include "../cost_model.h"
-#include "../params.h"
+#include "plan/cost_model.h"
+#include "core/params.h"
 #include "driver_function.h"
 #include "kernel/loaders.h"
 #include "launch.h"

@@ -5,8 +5,8 @@
 
 #include <cuda_runtime.h>
 
-#include "../cost_model.h"
-#include "../params.h"
+#include "plan/cost_model.h"
+#include "core/params.h"
 
 namespace leanattn {
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "../merge_params.h"
+#include "core/merge_params.h"
 
 namespace leanattn {
 

@@ -17,7 +17,7 @@
 #include "cuda_functions.h"
 
 #include "cuda/kernel/decode_kernel.h"
-#include "schedule_host.h"
+#include "plan/schedule_host.h"
 
 namespace py = pybind11;
 using namespace leanattn;

@@ -9,12 +9,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cost_model.h"
-#include "fast_divisor.h"
-#include "params.h"
-#include "schedule_host.h"
-#include "tree_fold.h"
-#include "workspace.h"
+#include "plan/cost_model.h"
+#include "core/fast_divisor.h"
+#include "core/params.h"
+#include "plan/schedule_host.h"
+#include "core/tree_fold.h"
+#include "plan/workspace.h"
 
 namespace py = pybind11;
 using namespace leanattn;

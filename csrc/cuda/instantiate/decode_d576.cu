@@ -1,4 +1,4 @@
-#include "../launch_kernel.h"
+#include "cuda/launch_kernel.h"
 
 namespace leanattn {
 

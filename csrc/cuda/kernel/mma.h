@@ -10,7 +10,7 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/mma_sm80.hpp>
 
-#include "../../mask.h"
+#include "core/mask.h"
 
 namespace leanattn {
 

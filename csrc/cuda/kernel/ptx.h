@@ -2,7 +2,7 @@
 // sm_90. One instruction a function, named after it; the rest comes from cute/arch.
 #pragma once
 
-#include "../../host_device.h"
+#include "core/host_device.h"
 
 #if defined(LEANATTN_EMULATED_ARCH)
 #include <emulated_ptx.h>  // of tests/emulator

@@ -2,7 +2,7 @@
 // mask. Shared by the main loops, which differ in what elements a lane holds.
 #pragma once
 
-#include "../../params.h"
+#include "core/params.h"
 
 namespace leanattn {
 

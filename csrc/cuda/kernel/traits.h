@@ -29,8 +29,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../../head_pairs.h"
-#include "../../host_device.h"
+#include "core/head_pairs.h"
+#include "core/host_device.h"
 
 namespace leanattn {
 

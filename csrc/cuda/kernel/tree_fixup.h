@@ -4,7 +4,7 @@
 // and in the workspace for the high ones.
 #pragma once
 
-#include "../../tree_fold.h"
+#include "core/tree_fold.h"
 #include "fixup.h"
 
 namespace leanattn {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "new_tensor.h"
-#include "schedule_host.h"
+#include "plan/schedule_host.h"
 
 namespace leanattn {
 namespace {

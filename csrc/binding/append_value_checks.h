@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "append_params.h"
+#include "core/append_params.h"
 #include "check.h"
 
 namespace leanattn {

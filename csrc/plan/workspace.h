@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "core/params.h"
 
 namespace leanattn {
 

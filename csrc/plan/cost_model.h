@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "schedule.h"
+#include "core/schedule.h"
 
 namespace leanattn {
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "schedule.h"
+#include "core/schedule.h"
 
 namespace leanattn {
 

@@ -11,17 +11,17 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cost_model.h"
+#include "plan/cost_model.h"
 #include "cpu/decode_cpu.h"
 #include "decode_check.h"
-#include "head_pairs.h"
+#include "core/head_pairs.h"
 #include "new_tensor.h"
-#include "params.h"
+#include "core/params.h"
 #include "tensor_params.h"
 #include "torch_parallel_for.h"
-#include "tree_fold.h"
+#include "core/tree_fold.h"
 #include "value_checks.h"
-#include "workspace.h"
+#include "plan/workspace.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"

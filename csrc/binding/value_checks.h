@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "check.h"
-#include "params.h"
+#include "core/params.h"
 #ifdef LEANATTN_WITH_CUDA
 #include <cuda_runtime.h>
 #endif

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "schedule.h"
+#include "core/schedule.h"
 
 namespace leanattn {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "check.h"
-#include "params.h"
+#include "core/params.h"
 
 namespace leanattn {
 
