@@ -5,8 +5,8 @@
 #include <functional>
 #include <vector>
 
-#include "core/append_params.h"
 #include "check.h"
+#include "core/append_params.h"
 
 namespace leanattn {
 

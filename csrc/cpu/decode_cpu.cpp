@@ -12,8 +12,8 @@
 #include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "plan/schedule_host.h"
 #include "core/tree_fold.h"
+#include "plan/schedule_host.h"
 #include "tile_math.h"
 
 namespace leanattn {

@@ -7,11 +7,11 @@
 
 #include <cuda_runtime.h>
 
-#include "plan/cost_model.h"
 #include "core/params.h"
 #include "driver_function.h"
 #include "kernel/loaders.h"
 #include "launch.h"
+#include "plan/cost_model.h"
 
 namespace leanattn {
 

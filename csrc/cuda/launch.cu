@@ -4,13 +4,12 @@
 
 #include <array>
 #include <bit>
-#include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <stdexcept>
 
 #include "host_util.h"
 #include "kernel/traits.h"
+#include "plan/knobs.h"
 
 namespace leanattn {
 
@@ -57,20 +56,6 @@ auto encode_tiled() {
   return function;
 }
 
-bool asks_for(const char* name, const char* value) {
-  const char* set = std::getenv(name);
-  return set && std::strcmp(set, value) == 0;
-}
-
-// The value of an environment variable that is one of two words; the first if it is not set.
-bool is_second(const char* name, const char* first, const char* second) {
-  const char* value = std::getenv(name);
-  if (!value || !*value || std::strcmp(value, first) == 0) return false;
-  if (std::strcmp(value, second) == 0) return true;
-  throw_error(std::string("leanattn: ") + name + " must be '" + first + "' or '" + second +
-              "', got '" + value + "'");
-}
-
 // The extents and strides of a cache, outermost dimension last, as a tensor map wants them.
 struct MapShape {
   const void* data;
@@ -104,7 +89,7 @@ bool encode(const MapShape& shape, CacheType type, int box_rows, CUtensorMap& ma
       element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   // Asked for by name, it must not be something else that works instead.
-  if (result != CUDA_SUCCESS && asks_for("LEANATTN_LOADER", "tma")) {
+  if (result != CUDA_SUCCESS && knob("LEANATTN_LOADER") == "tma") {
     throw_error("leanattn: cuTensorMapEncodeTiled failed with " + std::to_string(result));
   }
   return result == CUDA_SUCCESS;
@@ -116,7 +101,8 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
   TensorMaps maps{};
   const Problem& problem = params.problem;
   const bool is_empty = problem.capacity == 0 || problem.batch == 0;
-  if (is_second("LEANATTN_LOADER", "tma", "cp_async") || is_empty || !encode_tiled()) return maps;
+  if (knob_is_second("LEANATTN_LOADER", "tma", "cp_async") || is_empty || !encode_tiled())
+    return maps;
   maps.tile_box_rows_log2 = problem.tile_tokens_log2;
   int rows = problem.capacity;
   int pages = problem.batch;
@@ -210,7 +196,7 @@ constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
 constexpr int kFewestWgmmaRows = 32;
 
 KernelKey make_key(const DecodeParams& params, int rows, int device) {
-  const bool without_wgmma = is_second("LEANATTN_MMA", "wgmma", "mma");
+  const bool without_wgmma = knob_is_second("LEANATTN_MMA", "wgmma", "mma");
   const auto kind = [&] {
     if (params.batch_invariant) return Kind::kTree;
     // wgmma reads keys and values as they lie in the ring.
@@ -223,7 +209,7 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
 }
 
 // Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
-bool wants_dependent_launch() { return is_second("LEANATTN_PDL", "0", "1"); }
+bool wants_dependent_launch() { return knob_is_second("LEANATTN_PDL", "0", "1"); }
 
 }  // namespace
 
@@ -239,12 +225,14 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
            [&]<class Traits>() { launch_kernel<Traits>(params, may_overlap, device, stream); });
 }
 
-int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
+int CudaDevice::capability() const { return device_limits(device_).capability; }
+
+int CudaDevice::rows_per_item(const DecodeParams& params, int64_t rows) const {
   int fit = 0;
   for (const int candidate : kRowCounts) {
     bool fits = false;
-    dispatch(make_key(params, candidate, device), [&]<class Traits>() {
-      fits = setup_kernel<Traits>(device).num_stages >= Traits::kFewestStages;
+    dispatch(make_key(params, candidate, device_), [&]<class Traits>() {
+      fits = setup_kernel<Traits>(device_).num_stages >= Traits::kFewestStages;
     });
     if (!fits) continue;  // or there is no such kernel
     fit = candidate;
@@ -254,15 +242,15 @@ int rows_per_item_for(const DecodeParams& params, int64_t rows, int device) {
     throw_error("leanattn: head dims " + std::to_string(params.head_dim) + " and " +
                 std::to_string(params.head_dim_v) +
                 " need more shared memory than this device has for a CTA, " +
-                std::to_string(device_limits(device).shared_memory_bytes) + " bytes");
+                std::to_string(device_limits(device_).shared_memory_bytes) + " bytes");
   }
   return fit;
 }
 
-Machine machine_for(const DecodeParams& params, int device) {
-  Machine machine{device_limits(device).num_sms, device_limits(device).bytes_per_us, {}};
-  dispatch(make_key(params, params.problem.rows_per_item, device), [&]<class Traits>() {
-    machine.max_clusters = setup_kernel<Traits>(device).max_clusters;
+Machine CudaDevice::machine(const DecodeParams& params) const {
+  Machine machine{device_limits(device_).num_sms, device_limits(device_).bytes_per_us, {}};
+  dispatch(make_key(params, params.problem.rows_per_item, device_), [&]<class Traits>() {
+    machine.max_clusters = setup_kernel<Traits>(device_).max_clusters;
   });
   return machine;
 }

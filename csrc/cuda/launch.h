@@ -5,8 +5,8 @@
 
 #include <cuda_runtime.h>
 
-#include "plan/cost_model.h"
 #include "core/params.h"
+#include "plan/device.h"
 
 namespace leanattn {
 
@@ -23,15 +23,22 @@ struct DeviceLimits {
 
 const DeviceLimits& device_limits(int device);
 
-// Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible,
-// but no more than the device has shared memory for. params: types and head dims.
-int rows_per_item_for(const DecodeParams& params, int64_t rows, int device);
+// What a plan asks of a CUDA device.
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int device) : device_(device) {}
+  int capability() const override;
+  // Throws std::runtime_error where no kernel has room.
+  int rows_per_item(const DecodeParams& params, int64_t rows) const override;
+  Machine machine(const DecodeParams& params) const override;
 
-// What the layout of a launch depends on; params: types and head dims.
-Machine machine_for(const DecodeParams& params, int device);
+ private:
+  int device_;
+};
 
 // Launches on `stream` of the current device `device`. `zero_counters`: clear params.counters first.
-// LEANATTN_LOADER=cp_async keeps the bulk tensor copies from being used. Throws std::runtime_error.
+// LEANATTN_LOADER=cp_async keeps the bulk tensor copies from being used. Throws std::runtime_error,
+// PlanError for a knob.
 void launch_decode(const DecodeParams& params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream);
 

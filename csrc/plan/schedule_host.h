@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "core/schedule.h"
+#include "core/segment_walker.h"
 
 namespace leanattn {
 

@@ -17,6 +17,7 @@
 #include "cuda_functions.h"
 
 #include "cuda/kernel/decode_kernel.h"
+#include "plan/pair_heads.h"
 #include "plan/schedule_host.h"
 
 namespace py = pybind11;

@@ -11,6 +11,7 @@
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "core/segment_walker.h"
 #include "ring.h"
 
 namespace leanattn {

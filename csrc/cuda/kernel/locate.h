@@ -2,6 +2,7 @@
 // takes a stripe of neighbouring sequences, so any batch size goes the same way.
 #pragma once
 
+#include "core/segment_walker.h"
 #include "traits.h"
 
 namespace leanattn {

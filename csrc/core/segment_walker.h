@@ -1,0 +1,173 @@
+// The walk over one unit's share of the line: which segments it does, one after the other. Host and
+// device; what a share is, and what a segment, stands in schedule.h.
+#pragma once
+
+#include <cstdint>
+
+#include "schedule.h"
+
+namespace leanattn {
+
+// Walks the segments of one unit, in line order. With a `uniform` that holds, nothing is read from
+// memory and little is computed: the first copy of a launch waits for this.
+class SegmentWalker {
+ public:
+  // Stream-K: the unit's share of the whole line. `start` is the position of the sequence that holds
+  // the first tile of the share, or of one before it.
+  LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
+                            const Position& start, const UniformLine& uniform = {})
+      : problem_(problem),
+        alike_(uniform.one_row_block),
+        alike_keys_(uniform.keys),
+        alike_item_(uniform.item),
+        in_team_(false),
+        shares_(shares),
+        position_(start) {
+    const bool idle = shares.is_idle(unit);
+    next_ = idle ? 0 : shares.begin(unit);
+    end_ = idle ? 0 : shares.end(unit);
+    items_left_ = INT32_MAX;
+    if (next_ < end_) seek();
+  }
+
+  // Teams: the unit's part of its team's items. The line starts at the team's first item.
+  LEANATTN_HD SegmentWalker(const Problem& problem, const Layout& layout, int unit,
+                            const UniformLine& uniform = {})
+      : problem_(problem),
+        alike_(uniform.one_row_block),
+        alike_keys_(uniform.keys),
+        alike_item_(uniform.item),
+        in_team_(true) {
+    const int team = unit / layout.team_size;
+    const int first_item = team * layout.items_per_team;
+    items_left_ = min_of(num_items(problem) - first_item, layout.items_per_team);
+    next_ = 0;
+    end_ = 0;
+    if (items_left_ <= 0) return;
+    const int head = first_item / problem.row_blocks;  // over all sequences
+    row_block_ = first_item - head * problem.row_blocks;
+    position_ = {head / problem.num_heads_kv, 0, 0};
+    head_ = head - position_.seq * problem.num_heads_kv;
+    sequence_ = load_sequence(problem, position_.seq, 0);
+    item_line_ = 0;
+    enter_item();
+    if (layout.team_size == 1) {
+      end_ = INT32_MAX;  // items_left_ tells when the share is done
+      return;
+    }
+    shares_ = make_shares(item_.size(), layout.team_size, team * layout.team_size);
+    if (shares_.is_idle(unit)) return;
+    next_ = shares_.begin(unit);
+    end_ = shares_.end(unit);
+  }
+
+  // Fills in the next segment; false when the share is done.
+  LEANATTN_HD bool next(Segment& segment) {
+    if (next_ >= end_) return false;
+    LEANATTN_KEEP_ROLLED
+    while (next_ == item_line_ + item_.size()) {
+      if (--items_left_ == 0) {
+        end_ = next_;  // from now on every call says so
+        return false;
+      }
+      enter_next_item();
+    }
+    segment.seq = position_.seq;
+    segment.head = head_;
+    segment.row_block = row_block_;
+    segment.sequence = sequence_;
+    segment.keys = keys_;
+    segment.item = item_;
+    segment.item_line = item_line_;
+    segment.tile_begin = item_.begin + (next_ - item_line_);
+    const int tiles = min_of(item_.end - segment.tile_begin, end_ - next_);
+    segment.tile_end = segment.tile_begin + tiles;
+    next_ += tiles;
+    return true;
+  }
+
+  // For the segments that do not hold their whole item.
+  LEANATTN_HD const Shares& shares() const { return shares_; }
+
+ private:
+  // To the item that holds tile `next_`. The only division of a walk.
+  LEANATTN_HD void seek() {
+    enter_sequence();
+    LEANATTN_KEEP_ROLLED
+    while (next_ >= sequence_end()) enter_next_sequence();
+    head_ = (next_ - position_.line) / tiles_per_head_;
+    item_line_ = position_.line + head_ * tiles_per_head_;
+    row_block_ = 0;
+    enter_item();
+    LEANATTN_KEEP_ROLLED
+    while (next_ >= item_line_ + item_.size()) enter_next_row_block();
+  }
+
+  // It may have no tile.
+  LEANATTN_HD void enter_next_item() {
+    if (row_block_ + 1 < num_row_blocks(problem_, sequence_)) return enter_next_row_block();
+    item_line_ += item_.size();
+    row_block_ = 0;
+    if (++head_ == problem_.num_heads_kv) {
+      head_ = 0;
+      // Stream-K has no tiles in sequences without any; a team counts their items.
+      do {
+        enter_next_sequence();
+      } while (!in_team_ && tiles_per_head_ == 0);
+    }
+    enter_item();
+  }
+
+  LEANATTN_HD void enter_next_row_block() {
+    item_line_ += item_.size();
+    ++row_block_;
+    enter_item();
+  }
+
+  LEANATTN_HD void enter_item() {
+    if (alike_) {
+      keys_ = alike_keys_;
+      item_ = alike_item_;
+      return;
+    }
+    keys_ = item_keys(problem_, sequence_, row_block_);
+    item_ = item_tiles(problem_, keys_.any);
+  }
+
+  LEANATTN_HD void enter_next_sequence() {
+    position_ = {position_.seq + 1, next_query_begin(problem_, sequence_), sequence_end()};
+    enter_sequence();
+  }
+
+  LEANATTN_HD void enter_sequence() {
+    sequence_ = load_sequence(problem_, position_.seq, position_.query_begin);
+    if (in_team_) return;
+    tiles_per_head_ = alike_ ? alike_item_.size() : tiles_per_head(problem_, sequence_);
+  }
+
+  LEANATTN_HD int sequence_end() const {
+    return position_.line + problem_.num_heads_kv * tiles_per_head_;
+  }
+
+  // Copies: through pointers a kernel would fetch its own parameters from memory, instead of having them
+  // as constants.
+  Problem problem_;
+  bool alike_;  // all items are, and so:
+  ItemKeys alike_keys_;
+  TileRange alike_item_;
+  bool in_team_;
+  Shares shares_;
+  Position position_;  // of the sequence, and what it is:
+  Sequence sequence_;
+  int tiles_per_head_ = 0;  // for stream-K
+  int head_;                // of the item, and what it is:
+  int row_block_;
+  ItemKeys keys_;
+  TileRange item_;
+  int item_line_;
+  int items_left_;  // this one included
+  int next_;        // on the line
+  int end_;
+};
+
+}  // namespace leanattn
