@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from leanattn.demo_info import device_argument
+from leanattn.demo.info import device_argument
 
 
 def main(arguments=None):
@@ -13,13 +13,13 @@ def main(arguments=None):
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command == "info":
-        from leanattn.demo_info import info
+        from leanattn.demo.info import info
 
         print(info())
         return 0
     if options.picture is not None and options.no_picture:
         parser.error("--picture and --no-picture exclude each other")
-    from leanattn.demo import run_demo
+    from leanattn.demo.run import run_demo
 
     try:
         return run_demo(options)

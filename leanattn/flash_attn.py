@@ -8,8 +8,8 @@ import os
 
 import torch
 
+from leanattn.integrations.token_pages import as_token_pages
 from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
-from leanattn.token_pages import as_token_pages
 
 
 def flash_attn_with_kvcache(

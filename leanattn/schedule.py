@@ -187,8 +187,8 @@ def schedule(
 
     Stream-K (arXiv 2301.03598) over the KV tiles of a batch, as LeanAttention (arXiv 2405.10480)
     has it. Where items are alike the CUDA kernels may keep them whole or share them out within
-    clusters instead (csrc/plan/cost_model.h). For tests, tools and pictures: `decode` needs no call of
-    this.
+    clusters instead (csrc/plan/cost_model.h). For tests, tools and pictures: `decode` needs no call
+    of this.
 
     Args:
         cache_seqlens: tokens of each sequence: numbers, or an int32 tensor `[B]` of any device

@@ -1,16 +1,15 @@
 """python -m leanattn: the demo and the information, as a user runs them."""
 
-import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from leanattn import demo, demo_timing
 from leanattn.__main__ import main
-from leanattn.demo_info import code_for
+from leanattn.demo import run as demo
+from leanattn.demo import timing
+from leanattn.demo.info import code_for
 
 TINY = ["--lengths", "5,300,1,129"]
 
@@ -18,18 +17,16 @@ TINY = ["--lengths", "5,300,1,129"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A few runs are enough to see that there are times."""
-    monkeypatch.setattr(demo_timing, "_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "_SECONDS", 0.1)
 
 
-def run(*arguments, **environment):
-    """The finished process. -I: the installed package, not the sources beside the tests."""
-    command = [sys.executable, "-I", "-m", "leanattn", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
+@pytest.fixture
+def run(run_python):
+    """A function that gives the finished process."""
+    return lambda *arguments, **environment: run_python("-m", "leanattn", *arguments, **environment)
 
 
-def test_demo_of_a_tiny_batch():
+def test_demo_of_a_tiny_batch(run):
     """Table and schedule on stdout, nothing on stderr, no file."""
     process = run("--no-picture", "--device", "cpu", *TINY)
     assert process.returncode == 0 and process.stderr == ""
@@ -41,7 +38,7 @@ def test_demo_of_a_tiny_batch():
 
 @pytest.mark.gpu
 @pytest.mark.not_emulated
-def test_demo_on_a_gpu(device):
+def test_demo_on_a_gpu(device, run):
     """The same with the read floor beside it."""
     process = run("--no-picture", "--device", device, *TINY)
     assert process.returncode == 0 and process.stderr == ""
@@ -118,7 +115,7 @@ def test_errors_are_one_line(tmp_path, capsys):
         assert error.startswith("leanattn: ") and str(missing) in error
 
 
-def test_info():
+def test_info(run):
     """Versions, targets, devices, and the variables that change what runs."""
     process = run("info", LEANATTN_NUM_UNITS="3")
     assert process.returncode == 0 and process.stderr == ""
@@ -133,7 +130,7 @@ def test_info():
 
 @pytest.mark.gpu
 @pytest.mark.not_emulated
-def test_info_on_a_gpu(device):
+def test_info_on_a_gpu(device, run):
     """Which loader would run, and that the variable changes it."""
     assert "the CUDA kernels" in run("info").stdout
     assert "cp.async copies" in run("info", LEANATTN_LOADER="cp_async").stdout

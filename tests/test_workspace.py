@@ -1,5 +1,5 @@
-"""csrc/plan/workspace.h: a launch has memory for every partial that its layout can leave, and none for
-what it cannot use."""
+"""csrc/plan/workspace.h: a launch has memory for every partial that its layout can leave, and none
+for what it cannot use."""
 
 import math
 

@@ -28,8 +28,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from leanattn.integrations.token_pages import as_token_pages
 from leanattn.sdpa import MAX_QUERIES, backend_override, unsupported
-from leanattn.token_pages import as_token_pages
 
 # Until 5.3 masks were asked for in another way, though all that is imported here is there.
 if "q_length" not in inspect.signature(sdpa_mask).parameters:

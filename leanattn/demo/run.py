@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import leanattn
-from leanattn.demo_info import cuda_problem, device_name
-from leanattn.demo_timing import EAGER, median_seconds
+from leanattn.demo.info import cuda_problem, device_name
+from leanattn.demo.timing import EAGER, median_seconds
 
 _HEADS_Q, _HEADS_KV, _HEAD_DIM = 32, 8, 128
 _LENGTHS = {
