@@ -1,4 +1,4 @@
-"""The pages that have examples, and the README: every block of Python in them runs, in order."""
+"""README and pages: every block of Python in them runs, in order, and every path in them exists."""
 
 import functools
 import re
@@ -9,7 +9,9 @@ import torch
 
 import leanattn
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = ["README.md", "docs/*.md", "bench/README.md", "csrc/*/README.md", "csrc/cuda/*/README.md"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +33,7 @@ def run_blocks(path, text, **names):
 
 def test_readme():
     """Its examples of `decode`, before those for models; on the CPU where there is no GPU."""
-    path = DOCS.parent / "README.md"
+    path = ROOT / "README.md"
     text = path.read_text().split("### Beside")[0]
     if not torch.cuda.is_available():
         text = text.replace('device = "cuda"', 'device = "cpu"')
@@ -87,3 +89,28 @@ def test_append_page():
     )
     torch.testing.assert_close(found["out"], whole, rtol=2**-6, atol=2**-9)
     torch.testing.assert_close(found["lse"], whole_lse, rtol=1e-5, atol=1e-5)
+
+
+# A file of this repository, from the root on.
+PATH = re.compile(
+    r"\b(?:bench|csrc|docs|examples|leanattn|tests|tools)/[\w/.-]*\w\.(?:cpp|cu|h|md|png|py|sh|txt)\b"
+)
+
+
+@pytest.mark.parametrize("pattern", PAGES)
+def test_paths_on_the_pages(pattern):
+    """What a page links to, from the page on, and what it names elsewhere."""
+    pages = list(ROOT.glob(pattern))
+    assert pages
+    for page in pages:
+        text = page.read_text()
+        links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+        assert [link for link in links if not (page.parent / link).exists()] == [], page
+        assert [path for path in PATH.findall(text) if not (ROOT / path).exists()] == [], page
+
+
+def test_paths_in_the_sources():
+    """What comments and docstrings name."""
+    sources = [ROOT / "setup.py", ROOT / "Makefile", *(ROOT / "leanattn").rglob("*.py")]
+    found = {path for source in sources for path in PATH.findall(source.read_text())}
+    assert found and [path for path in found if not (ROOT / path).exists()] == []
