@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Folders too, for their time tells of files that are gone.
 SOURCES := setup.py pyproject.toml $(shell find csrc leanattn \
-  \( -path csrc/cutlass -o -name __pycache__ \) -prune -o -print)
+  \( -path csrc/cutlass -o -name __pycache__ -o -name '*.md' \) -prune -o -print)
 
 .PHONY: demo test build wheel format lint clean
 
@@ -52,11 +52,9 @@ clean:
 # Compiled files stay in build/, so that a second build takes only what changed; what setuptools
 # copied to build/lib* goes, for it would keep modules that are gone from leanattn/.
 $(VENV)/built: $(VENV)/requirements $(SOURCES)
-	@echo "building leanattn; the log is $(VENV)/build.log"
 	@rm -rf build/lib*
-	@$(VENV)/bin/pip install -v --no-build-isolation --no-deps . > $(VENV)/build.log 2>&1 \
-	  || { cat $(VENV)/build.log; exit 1; }
-	@sed -n 's/^ *leanattn: /leanattn: /p' $(VENV)/build.log
+	@$(VENV)/bin/python tools/show_build.py $(VENV)/build.log \
+	  $(VENV)/bin/pip install -v --no-build-isolation --no-deps .
 	@touch $@
 
 $(VENV)/requirements: requirements-dev.txt requirements-cuda.txt
