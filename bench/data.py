@@ -30,8 +30,11 @@ class Case:
 
     shape: Shape
     sets: list  # of Inputs
-    cache_seqlens: Optional[torch.Tensor]  # [B] int32; None where every sequence fills its cache
-    block_table: Optional[torch.Tensor]  # [B, max_pages] int32
+    cache_seqlens: Optional[torch.Tensor] = None  # [B] int32; None only where all caches are full
+    block_table: Optional[torch.Tensor] = None  # [B, max_pages] int32
+    cu_seqlens_q: Optional[torch.Tensor] = None  # [B + 1] int32
+    sinks: Optional[torch.Tensor] = None  # [Hq] fp32
+    alibi_slopes: Optional[torch.Tensor] = None  # [Hq] fp32
 
     @property
     def device(self):
@@ -63,7 +66,9 @@ class Pool:
 
     def _draw(self, shapes, limit_bytes):
         element_bytes = shapes[0].cache_bytes
-        wanted = max(sets_wanted(s, self.cold_bytes) * elements_of_set(s) for s in shapes)
+        wanted = max(
+            sets_wanted(s, self.cold_bytes) * elements_of_set(s) + s.overhang for s in shapes
+        )
         elements = min(wanted, int(limit_bytes) // element_bytes)
         dtype = FLOAT8 if shapes[0].is_float8 else self.dtype
         numbers = torch.empty(elements, dtype=dtype, device=self.device)
@@ -74,28 +79,37 @@ class Pool:
                 piece.normal_(generator=self.generator)
         return numbers
 
-    def case(self, shape):
+    def case(self, shape, with_lengths=True):
         """`shape` with as many input sets as a cold round takes, or as the pool holds. MemoryError
-        if that is none."""
+        if that is none. Lengths are given as servers give them, also where every cache is full,
+        unless `with_lengths` is False."""
         numbers = self.numbers[shape.is_float8]
         size = elements_of_set(shape)
-        count = min(sets_wanted(shape, self.cold_bytes), numbers.numel() // size)
+        held = max(0, numbers.numel() - shape.overhang) // size
+        count = min(sets_wanted(shape, self.cold_bytes), held)
         if count == 0:
-            raise MemoryError(
-                f"needs {size * shape.cache_bytes / 2**30:.1f} GiB, the pool has "
-                f"{numbers.numel() * shape.cache_bytes / 2**30:.1f}"
+            needed, there = (
+                elements * shape.cache_bytes / 2**30
+                for elements in (size + shape.overhang, numbers.numel())
             )
+            raise MemoryError(f"needs {needed:.1f} GiB, the pool has {there:.1f}")
         sets = [_inputs(shape, numbers[i * size : (i + 1) * size]) for i in range(count)]
         for inputs in sets if shape.is_float8 else ():
             inputs.q = inputs.q.to(self.dtype)
-        device = self.device
-        lengths = torch.tensor(shape.lengths, dtype=torch.int32)
-        return Case(
-            shape=shape,
-            sets=sets,
-            cache_seqlens=lengths.to(device) if shape.is_ragged or shape.page_size else None,
-            block_table=unsorted_pages(shape).to(device) if shape.page_size else None,
-        )
+        tensors = {}
+        if with_lengths or not shape.is_full:
+            tensors["cache_seqlens"] = torch.tensor(shape.lengths, dtype=torch.int32)
+        if shape.page_size:
+            tensors["block_table"] = unsorted_pages(shape)
+        if shape.has_query_offsets:
+            tensors["cu_seqlens_q"] = query_offsets(shape)
+        if shape.has_sinks:
+            tensors["sinks"] = torch.linspace(-2, 2, shape.heads_q)
+        if shape.has_alibi:
+            steps = torch.arange(1, shape.heads_q + 1) / shape.heads_q
+            tensors["alibi_slopes"] = 2.0 ** (-8 * steps)
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return Case(shape, sets, **tensors)
 
 
 def sets_wanted(shape, cold_bytes):
@@ -112,10 +126,15 @@ def unsorted_pages(shape):
     entries past a sequence's pages are 0."""
     counts = [-(-length // shape.page_size) for length in shape.lengths]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int()
-    table = torch.zeros(shape.batch, max(counts), dtype=torch.int32)
+    table = torch.zeros(shape.batch, -(-shape.capacity // shape.page_size), dtype=torch.int32)
     for row, pages in zip(table, order.split(counts)):
         row[: len(pages)] = pages
     return table
+
+
+def query_offsets(shape):
+    """`[B + 1]` int32 on the CPU: where each sequence's queries begin."""
+    return torch.arange(shape.batch + 1, dtype=torch.int32) * shape.seqlen_q
 
 
 def _padded(elements):
@@ -140,12 +159,17 @@ def _inputs(shape, numbers):
 
 
 def _cache_view(shape, memory):
+    heads, head_dim = shape.heads_kv, shape.head_dim
     if shape.page_size:
-        return memory.view(shape.pages, shape.page_size, shape.heads_kv, shape.head_dim)
+        return memory.view(shape.pages, shape.page_size, heads, head_dim)
+    head, token = head_dim, heads * head_dim
     if shape.layout == "bhsd":
-        cache = memory.view(shape.batch, shape.heads_kv, shape.capacity, shape.head_dim)
-        return cache.transpose(1, 2)
-    return memory.view(shape.batch, shape.capacity, shape.heads_kv, shape.head_dim)
+        head, token = shape.longest * head_dim, head_dim
+    # A sequence begins where the longest one before it could have ended: see Shape.overhang.
+    return memory.as_strided(
+        (shape.batch, shape.capacity, heads, head_dim),
+        (shape.longest * heads * head_dim, token, head, 1),
+    )
 
 
 # --- The truth ------------------------------------------------------------------------------------
@@ -182,15 +206,28 @@ def truth(case):
 def _attend(case, seq):
     """Causal attention of one sequence in fp32, [Sq, Hq, Dv], a KV head at a time."""
     shape, inputs = case.shape, case.sets[0]
-    q = inputs.q[seq].float().unflatten(1, (shape.heads_kv, shape.group_size))  # [Sq, Hkv, g, D]
+    groups = (shape.heads_kv, shape.group_size)
+    q = inputs.q[seq].float().unflatten(1, groups)  # [Sq, Hkv, g, D]
     k, v = (_sequence(case, cache, seq) for cache in (inputs.k_cache, inputs.v_cache))
-    tokens = k.shape[0]
-    positions = torch.arange(tokens - shape.seqlen_q, tokens, device=case.device)
-    hidden = torch.arange(tokens, device=case.device) > positions[:, None, None]  # [Sq, 1, L]
+    tokens = torch.arange(k.shape[0], device=case.device)
+    positions = torch.arange(shape.seqlen_q, device=case.device) + k.shape[0] - shape.seqlen_q
+    distances = (positions[:, None] - tokens)[:, None]  # [Sq, 1, L]
+    hidden = distances < 0
+    if shape.window:
+        hidden |= distances >= shape.window
     out = q.new_empty(*q.shape[:3], shape.head_dim_v)
     for head in range(shape.heads_kv):
         scores = q[:, head] @ k[:, head].float().T * shape.head_dim**-0.5  # [Sq, g, L]
-        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        if shape.softcap:
+            scores = shape.softcap * (scores / shape.softcap).tanh()
+        if shape.has_alibi:
+            slopes = case.alibi_slopes.view(groups)[head]
+            scores = scores - slopes[:, None] * distances.abs()
+        scores = scores.masked_fill(hidden, -math.inf)
+        if shape.has_sinks:
+            sinks = case.sinks.view(groups)[head]
+            scores = torch.cat([scores, sinks[:, None].expand(*scores.shape[:2], 1)], -1)
+        weights = scores.softmax(-1)[..., : k.shape[0]]
         out[:, head] = weights @ v[:, head].float()
     return out.flatten(1, 2)
 

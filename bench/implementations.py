@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import leanattn
+from bench import carried
+from bench.data import query_offsets
 
 
 class Refused(Exception):
@@ -31,6 +33,7 @@ class Prepared:
 
     call: Callable
     plan: Optional[Callable] = None
+    takes_strided_q: bool = True  # else q must lie in one piece of memory
 
 
 @dataclass
@@ -48,24 +51,51 @@ class Implementation:
 OURS = "leanattn"
 
 
+def _takes(shape, *features):
+    """Of `Shape.features`, what the caller passes on; what else the shape has is refused."""
+    others = shape.features.difference(features)
+    if others:
+        raise Refused(f"called here without {', '.join(sorted(others))}")
+
+
 # --- leanattn -------------------------------------------------------------------------------------
 
 
-def _leanattn(with_counters=True, **options):
+def _leanattn(with_lengths=True, with_counters=False, **options):
+    """As servers call it: with lengths, also where every cache is full, and without counters."""
+
     def prepare(case):
         decode = torch.ops.leanattn.decode
-        # Enough for any layout that bench.tune forces.
+        if not with_lengths and not case.shape.is_full:
+            raise Refused("the lengths of this shape must be given")
+        lengths = case.cache_seqlens if with_lengths else None
+        # Enough for any layout that may be forced.
         counters = leanattn.counters(case.device, 1 << 16) if with_counters else None
+        given = {"counters": counters, **_leanattn_mask(case), **options}
 
         def call(inputs):
-            return decode(
-                inputs.q, inputs.k_cache, inputs.v_cache, case.cache_seqlens, case.block_table,
-                counters=counters, **options,
-            )  # fmt: skip
+            q = inputs.q if case.cu_seqlens_q is None else inputs.q.flatten(0, 1)
+            return decode(q, inputs.k_cache, inputs.v_cache, lengths, case.block_table, **given)
 
         return Prepared(call)
 
     return prepare
+
+
+def _leanattn_mask(case):
+    """Arguments of decode that are not its defaults."""
+    shape, given = case.shape, {}
+    if shape.has_query_offsets:
+        given.update(cu_seqlens_q=case.cu_seqlens_q, max_seqlen_q=shape.seqlen_q)
+    if shape.window:
+        given["window_left"] = shape.window - 1
+    if shape.softcap:
+        given["softcap"] = shape.softcap
+    if shape.has_sinks:
+        given["sinks"] = case.sinks
+    if shape.has_alibi:
+        given["alibi_slopes"] = case.alibi_slopes
+    return given
 
 
 @contextlib.contextmanager
@@ -99,8 +129,9 @@ def _dependent_launch():
 
 
 def _sdpa(folded=False, is_flash=False):
-    """SDPA on a contiguous cache. `folded`: the query heads of a group as rows of one head, which
-    is the same attention where there is one query; else `enable_gqa`."""
+    """SDPA on a contiguous cache, as far as its longest sequence goes, which the host knows; of a
+    window, where all have one place, its keys alone. `folded`: the query heads of a group as rows
+    of one head, which is the same attention where there is one query; else `enable_gqa`."""
 
     def prepare(case):
         shape = case.shape
@@ -110,13 +141,18 @@ def _sdpa(folded=False, is_flash=False):
             raise Refused("SDPA takes no float8 caches under wider queries")
         if folded and (shape.group_size == 1 or shape.seqlen_q > 1):
             raise Refused("there is no group, or several queries, to fold into rows")
+        _takes(shape, "a window")
+        if shape.window and (shape.is_ragged or shape.seqlen_q > 1):
+            raise Refused("called here with windows that all lie in one place")
+        begin = max(0, shape.longest - shape.window) if shape.window else 0
+        seen = slice(begin, shape.longest)
         mask = _sdpa_mask(case, folded, is_flash)
         grouped = shape.group_size > 1 and not folded
         rows = (shape.batch, shape.heads_kv, shape.group_size, shape.head_dim)
 
         def call(inputs):
             q = inputs.q.view(rows) if folded else inputs.q.transpose(1, 2)
-            k, v = inputs.k_cache.transpose(1, 2), inputs.v_cache.transpose(1, 2)
+            k, v = (c[:, seen].transpose(1, 2) for c in (inputs.k_cache, inputs.v_cache))
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
             return out if folded else out.transpose(1, 2)
 
@@ -135,14 +171,14 @@ def _sdpa_mask(case, folded, is_flash):
     if is_flash and not shape.is_ragged:
         from torch.nn.attention.bias import causal_lower_right
 
-        return causal_lower_right(shape.seqlen_q, shape.capacity)
+        return causal_lower_right(shape.seqlen_q, shape.longest)
     # A row of the mask must be a multiple of 16 bytes for the backends to take it.
-    columns = -(-shape.capacity // 8) * 8
+    columns = -(-shape.longest // 8) * 8
     lengths = torch.tensor(shape.lengths if shape.is_ragged else shape.lengths[:1])
     positions = lengths[:, None] - shape.seqlen_q + torch.arange(shape.seqlen_q)  # [B or 1, Sq]
     seen = torch.arange(columns) <= positions[:, :, None]  # [B or 1, Sq, columns]
     mask = torch.zeros(seen.shape, dtype=case.dtype).masked_fill(~seen, -math.inf)
-    return mask[:, None, :, : shape.capacity].to(case.device)
+    return mask[:, None, :, : shape.longest].to(case.device)
 
 
 def _backend(backend):
@@ -154,9 +190,11 @@ def _backend(backend):
 
 @dataclass
 class Pages:
-    """A cache as pages: the case's own, or a contiguous `[B, S, Hkv, D]` cut into such."""
+    """A cache as pages: the case's own, or a contiguous `[B, S, Hkv, D]` cut into such, as far as
+    its longest sequence goes."""
 
     page_size: int
+    contiguous_tokens: Optional[int]  # of each sequence; None: the case's own pages
     indptr: torch.Tensor  # [B + 1] int32: where each sequence's entries of `indices` begin
     indices: torch.Tensor  # [pages] int32
     last_page_len: torch.Tensor  # [B] int32
@@ -165,7 +203,10 @@ class Pages:
 
     def view(self, cache):
         """`[num_pages, page_size, Hkv, D]`"""
-        return cache.view(-1, self.page_size, *cache.shape[2:])
+        if self.contiguous_tokens is None:
+            return cache
+        rows = cache[:, : self.contiguous_tokens]
+        return rows.view(-1, self.page_size, *cache.shape[2:])
 
 
 def as_pages(case):
@@ -174,21 +215,22 @@ def as_pages(case):
         raise Refused("called here for caches of q's dtype, K and V apart")
     page_size = shape.page_size
     if page_size is None:
-        page_size = next((size for size in (64, 32, 16) if shape.capacity % size == 0), None)
+        page_size = next((size for size in (64, 32, 16) if shape.longest % size == 0), None)
         if page_size is None or shape.layout != "bshd":
             raise Refused("takes pages only, and this contiguous cache cannot be cut into such")
     counts = [-(-length // page_size) for length in shape.lengths]
     if case.block_table is not None:
         table = case.block_table.cpu()
     else:
-        table = torch.arange(shape.batch * (shape.capacity // page_size), dtype=torch.int32)
+        table = torch.arange(shape.batch * (shape.longest // page_size), dtype=torch.int32)
         table = table.view(shape.batch, -1)
     indices = torch.cat([row[:count] for row, count in zip(table, counts)])
     indptr = torch.tensor([0, *counts]).cumsum(0).int()
     last = [length - (count - 1) * page_size for length, count in zip(shape.lengths, counts)]
     tensors = (indptr, indices, torch.tensor(last, dtype=torch.int32),
                torch.tensor(shape.lengths, dtype=torch.int32), table)  # fmt: skip
-    return Pages(page_size, *(tensor.to(case.device) for tensor in tensors))
+    contiguous_tokens = None if shape.page_size else shape.longest
+    return Pages(page_size, contiguous_tokens, *(tensor.to(case.device) for tensor in tensors))
 
 
 _workspaces = {}
@@ -206,12 +248,22 @@ def _heads(shape):
     return shape.heads_q, shape.heads_kv, shape.head_dim
 
 
+def _flashinfer():
+    carried.find_flashinfer()
+    return importlib.import_module("flashinfer")
+
+
 def _flashinfer_decode(case):
     """The tensor-core decode, or for several queries the prefill that it is made of."""
-    flashinfer = importlib.import_module("flashinfer")
+    flashinfer = _flashinfer()
     shape, pages = case.shape, as_pages(case)
+    _takes(shape, "a window", "softcap")
     workspace = _workspace("flashinfer", case.device, 512)
-    dtypes = dict(q_data_type=case.dtype, kv_data_type=case.dtype)
+    options = dict(q_data_type=case.dtype, kv_data_type=case.dtype)
+    if shape.window:
+        options["window_left"] = shape.window - 1
+    if shape.softcap:
+        options["logits_soft_cap"] = shape.softcap
     if shape.seqlen_q == 1:
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             workspace, "NHD", use_tensor_cores=True
@@ -219,14 +271,14 @@ def _flashinfer_decode(case):
 
         def plan():
             wrapper.plan(pages.indptr, pages.indices, pages.last_page_len, *_heads(shape),
-                         pages.page_size, **dtypes)  # fmt: skip
+                         pages.page_size, **options)  # fmt: skip
     else:
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-        qo_indptr = _query_indptr(case)
+        qo_indptr = query_offsets(shape).to(case.device)
 
         def plan():
             wrapper.plan(qo_indptr, pages.indptr, pages.indices, pages.last_page_len,
-                         *_heads(shape), pages.page_size, causal=True, **dtypes)  # fmt: skip
+                         *_heads(shape), pages.page_size, causal=True, **options)  # fmt: skip
 
     plan()
 
@@ -239,10 +291,11 @@ def _flashinfer_decode(case):
 
 
 def _flashinfer_batch_attention(case):
-    flashinfer = importlib.import_module("flashinfer")
+    flashinfer = _flashinfer()
     shape, pages = case.shape, as_pages(case)
     wrapper = flashinfer.BatchAttention(kv_layout="NHD", device=str(case.device))
-    qo_indptr = _query_indptr(case)
+    _takes(shape)
+    qo_indptr = query_offsets(shape).to(case.device)
 
     def plan():
         wrapper.plan(qo_indptr, pages.indptr, pages.indices, pages.lengths, shape.heads_q,
@@ -262,9 +315,11 @@ def _flashinfer_batch_attention(case):
 
 
 def _flashinfer_xqa(case):
-    """TensorRT-LLM's kernel in FlashInfer: one query, pages of 16 to 128, no plan."""
-    xqa = importlib.import_module("flashinfer").xqa
+    """TensorRT-LLM's kernel in FlashInfer: one query, pages of 16 to 128, no plan. It may launch
+    dependently, so that calls that follow each other overlap; here it does not."""
+    xqa = _flashinfer().xqa
     shape, pages = case.shape, as_pages(case)
+    _takes(shape)
     if shape.seqlen_q > 1:
         raise Refused("XQA is called here for one query a sequence")
     if pages.page_size not in (16, 32, 64, 128):
@@ -277,15 +332,11 @@ def _flashinfer_xqa(case):
     def call(inputs):
         out = torch.empty_like(inputs.q)
         xqa(inputs.q, pages.view(inputs.k_cache), pages.view(inputs.v_cache), pages.table, lengths,
-            out, workspace, semaphores, shape.heads_kv, pages.page_size)  # fmt: skip
+            out, workspace, semaphores, shape.heads_kv, pages.page_size,
+            enable_pdl=False)  # fmt: skip
         return out
 
-    return Prepared(call)
-
-
-def _query_indptr(case):
-    count = case.shape.batch + 1
-    return torch.arange(count, dtype=torch.int32, device=case.device) * case.shape.seqlen_q
+    return Prepared(call, takes_strided_q=False)
 
 
 # --- FlashAttention -------------------------------------------------------------------------------
@@ -293,31 +344,48 @@ def _query_indptr(case):
 
 def _flash_attention_2(case):
     function = importlib.import_module("flash_attn").flash_attn_with_kvcache
+    shape = case.shape
+    _takes(shape, "a window", "softcap", "ALiBi")
+    options = dict(cache_seqlens=case.cache_seqlens, block_table=case.block_table, causal=True,
+                   window_size=_window(shape), softcap=shape.softcap,
+                   alibi_slopes=case.alibi_slopes)  # fmt: skip
 
     def call(inputs):
-        return function(inputs.q, inputs.k_cache, inputs.v_cache, cache_seqlens=case.cache_seqlens,
-                        block_table=case.block_table, causal=True)  # fmt: skip
+        return function(inputs.q, inputs.k_cache, inputs.v_cache, **options)
 
     return Prepared(call)
 
 
+def _window(shape):
+    """(left, right) as FlashAttention counts."""
+    return (shape.window - 1, 0) if shape.window else (-1, -1)
+
+
 def _flash_attention_3(case):
+    """flash_attn_interface, or vLLM's build of the same where that was brought along."""
+    library = carried.fa3()
+    return _vllm_fa3(library, case) if library else _flash_attn_interface(case)
+
+
+def _flash_attn_interface(case):
     module = importlib.import_module("flash_attn_interface")
     shape = case.shape
+    _takes(shape, "a window", "softcap")
     prepared = Prepared(None)
     state = {"metadata": None}
+    common = dict(causal=shape.seqlen_q > 1, window_size=_window(shape))
 
     def call(inputs):
         return module.flash_attn_with_kvcache(
             inputs.q, inputs.k_cache, inputs.v_cache, cache_seqlens=case.cache_seqlens,
-            page_table=case.block_table, causal=shape.seqlen_q > 1,
-            scheduler_metadata=state["metadata"],
+            page_table=case.block_table, softcap=shape.softcap,
+            scheduler_metadata=state["metadata"], **common,
         )  # fmt: skip
 
     def plan():
         state["metadata"] = module.get_scheduler_metadata(
-            shape.batch, shape.seqlen_q, shape.capacity, *_heads(shape), case.cache_seqlens,
-            case.dtype, page_size=shape.page_size, causal=shape.seqlen_q > 1,
+            shape.batch, shape.seqlen_q, _tokens_at_most(case), *_heads(shape), case.cache_seqlens,
+            case.dtype, page_size=shape.page_size, has_softcap=shape.softcap > 0, **common,
         )  # fmt: skip
 
     prepared.call = call
@@ -327,11 +395,58 @@ def _flash_attention_3(case):
     return prepared
 
 
+def _tokens_at_most(case):
+    """Of a sequence, by the shape of the cache or of the block table, for that is what is called
+    with."""
+    if case.block_table is None:
+        return case.shape.capacity
+    return case.block_table.shape[1] * case.shape.page_size
+
+
+def _vllm_fa3(library, case):
+    """As vLLM calls it: lengths always, and a metadata tensor that all layers of a step share,
+    without which each call would run one kernel more."""
+    shape = case.shape
+    _takes(shape, "a window", "softcap", "sinks")
+    if shape.is_float8:
+        raise Refused("called here for caches of q's dtype")
+    head_dim, tokens = shape.head_dim, _tokens_at_most(case)
+    lengths = case.cache_seqlens
+    if lengths is None:
+        lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=case.device)
+    sinks = case.sinks.to(case.dtype) if shape.has_sinks else None
+    is_causal = True  # vLLM's choice; which of its tiles is taken depends on it
+    splits, packs_gqa, sm_margin = 0, None, 0  # chosen by the library
+    state = {}
+
+    def plan():
+        state["metadata"] = library.get_scheduler_metadata(
+            shape.batch, shape.seqlen_q, tokens, *_heads(shape), shape.head_dim_v, case.dtype,
+            lengths, None, None, None, None, None,  # cu_seqlens of q, k, new k; seqused_q; left pad
+            shape.page_size, 0, is_causal, *_window(shape), shape.softcap > 0, splits, packs_gqa,
+            sm_margin,
+        )  # fmt: skip
+
+    def call(inputs):
+        return library.fwd(
+            inputs.q, inputs.k_cache, inputs.v_cache, None, None, None, None,  # new k, v; q_v; out
+            None, None, None, None, lengths,  # cu_seqlens of q, k, new k; seqused of q and k
+            None, tokens if shape.page_size else None, case.block_table, None, None,
+            None, None, None, None, None, None,  # rotary; scales of q, k, v
+            head_dim**-0.5, is_causal, *_window(shape), shape.softcap, True, state["metadata"],
+            splits, packs_gqa, sm_margin, sinks, 1, 0, None,  # context parallel: 1 of 1
+        )[0]  # fmt: skip
+
+    plan()
+    return Prepared(call, plan)
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = [
     Implementation(OURS, _leanattn()),
-    Implementation("leanattn-no_counters", _leanattn(with_counters=False)),
+    Implementation("leanattn-counters", _leanattn(with_counters=True)),
+    Implementation("leanattn-no_lengths", _leanattn(with_lengths=False), is_default=False),
     Implementation("leanattn-cp_async", _leanattn(), _cp_async, is_default=False),
     Implementation("leanattn-mma", _leanattn(), _mma, is_default=False),
     Implementation("leanattn-pdl", _leanattn(), _dependent_launch, is_default=False),

@@ -10,8 +10,16 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from bench.results import FLOOR, OURS, ROWS_FLOOR, entries, names_in, read
-from bench.tables import markdown, means_table, steps_table, summary_text, times_table
+from bench.results import FLOOR, OURS, ROWS_FLOOR, best_calls, entries, names_in, read
+from bench.tables import (
+    markdown,
+    means_table,
+    model_summary_text,
+    model_table,
+    steps_table,
+    summary_text,
+    times_table,
+)
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a family has one colour.
 _BLACK, _GREY = "#000000", "#777777"
@@ -21,7 +29,8 @@ STYLES = {  # implementation -> colour, line, marker
     FLOOR: (_BLACK, "--", ""),
     ROWS_FLOOR: (_BLACK, ":", ""),
     OURS: (_BLUE, "-", "o"),
-    "leanattn-no_counters": (_SKY, "-", "o"),
+    "leanattn-counters": (_SKY, "-", "o"),
+    "leanattn-no_lengths": (_BLUE, "--", "D"),
     "leanattn-cp_async": (_SKY, "--", "v"),
     "leanattn-batch_invariant": (_SKY, ":", "^"),
     "leanattn-mma": (_SKY, "--", "s"),
@@ -40,6 +49,7 @@ STYLES = {  # implementation -> colour, line, marker
     "fa3": (_PURPLE, "-", "X"),
 }
 _SWEEP_COLOURS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _GREY)
+_HATCHES = {"-": "", "--": "////", ":": "....", "-.": "xxxx"}  # of bars, where lines have these
 _DPI = 150
 
 
@@ -47,7 +57,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench.plot", description="Plots and tables out of result files."
     )
-    parser.add_argument("csv", nargs="+", type=Path, help="what bench.decode --csv wrote")
+    parser.add_argument("csv", nargs="+", type=Path, help="what --csv wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     options = parser.parse_args(arguments)
     headers, rows = [], []
@@ -78,7 +88,14 @@ def tables_markdown(headers, rows):
         f"implementation took, where not all.\n\n{markdown(*means_table(rows))}\n"
     )
     for name, group in entries(rows).items():
-        parts.append(f"## {name}\n\nMicroseconds a call.\n\n{markdown(*times_table(group))}\n")
+        parts.append(f"## {name}\n\n")
+        if any(entry.in_model for entry in group):
+            parts.append(
+                "Microseconds over the floor, in a graph of decodes alone / in a model; base: a "
+                f"layer without a decode, before / after.\n\n{markdown(*model_table(group))}\n"
+            )
+            parts.append(model_summary_text(name, group).replace("\n", "\n\n"))
+        parts.append(f"Microseconds a call.\n\n{markdown(*times_table(group))}\n")
         parts.append(summary_text(name, group).replace("\n", "\n\n"))
         if any(entry.steps for entry in group):
             table = markdown(*steps_table(group))
@@ -96,8 +113,8 @@ def plot_all(rows, header, directory):
     matplotlib.use("Agg")
     groups = entries(rows)
     paths = []
-    for name, plot in (("latency", _plot_latency), ("ratio", _plot_ratio),
-                       ("bandwidth", _plot_bandwidth)):  # fmt: skip
+    for name, plot in (("in_model", _plot_in_model), ("latency", _plot_latency),
+                       ("ratio", _plot_ratio), ("bandwidth", _plot_bandwidth)):  # fmt: skip
         figure = plot(groups)
         if figure is None:
             continue
@@ -136,6 +153,51 @@ def _legend(figure, axes_list, columns=6):
         handles.values(), handles, loc="outside lower center", ncols=min(columns, len(handles)),
         frameon=False, fontsize=8,
     )  # fmt: skip
+
+
+def _plot_in_model(groups):
+    """Bars of what is over the floor, a panel a set: pale in a model, full alone."""
+    groups = {
+        name: [entry for entry in group if entry.in_model and entry.floor]
+        for name, group in groups.items()
+    }
+    groups = {name: group for name, group in groups.items() if group}
+    if not groups:
+        return None
+    bars = {name: _bars(group) for name, group in groups.items()}
+    height = max(entry_bars[-1][0] for entry_bars in bars.values()) * 0.09 + 1.5
+    figure, axes = _figure(1, len(groups), width=7, height=height)
+    for panel, (set_name, group) in zip(axes[0], groups.items()):
+        for y, entry, name, implementation in bars[set_name]:
+            colour, line, _ = STYLES[name]
+            style = dict(color=colour, hatch=_HATCHES[line], edgecolor="white", linewidth=0)
+            in_model = entry.in_model[implementation] - entry.floor
+            panel.barh(y, in_model, 0.9, alpha=0.45, label=f"{name}, in a model", **style)
+            if implementation in entry.times:
+                alone = entry.times[implementation] - entry.floor
+                panel.barh(y, alone, 0.45, label=f"{name}, alone", **style)
+        centres = {}
+        for y, entry, *_ in bars[set_name]:
+            centres.setdefault(entry.row.shape, []).append(y)
+        panel.set_yticks([sum(ys) / len(ys) for ys in centres.values()], centres, fontsize=7)
+        panel.set(xlabel="us over the floor", title=set_name)
+        panel.margins(y=0.01)
+        panel.invert_yaxis()
+        panel.grid(alpha=0.3, axis="x")
+    _legend(figure, axes[0], columns=4)
+    return figure
+
+
+def _bars(group):
+    """[(y, entry, name, implementation)], with a gap between shapes."""
+    order = {name: i for i, name in enumerate(STYLES)}
+    bars, y = [], 0
+    for entry in group:
+        for name, implementation in sorted(best_calls(entry).items(), key=lambda c: order[c[0]]):
+            bars.append((y, entry, name, implementation))
+            y += 1
+        y += 1
+    return bars
 
 
 def _plot_latency(groups):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import leanattn
-from bench import ROOT
+from bench import ROOT, carried
 
 VARIABLES = ("LEANATTN_LOADER", "LEANATTN_MMA", "LEANATTN_HEAD_PAIRS", "LEANATTN_LAYOUT",
              "LEANATTN_NUM_UNITS", "LEANATTN_PDL", "LEANATTN_CHECK",
@@ -43,6 +43,8 @@ def provenance(device, commit=None):
     for name in VARIABLES:
         if os.environ.get(name):
             header[name] = os.environ[name]
+    for file, sha256 in carried.hashes().items():
+        header[f"{file} sha256"] = sha256
     for package in PEER_PACKAGES:
         try:
             header[package] = metadata.version(package)

@@ -36,8 +36,21 @@ class Row:
     rounds: Optional[int] = None
     calls: Optional[int] = None  # in a round
     step_us: Optional[float] = None  # an eager step by the wall clock, host and plan included
+    layers: Optional[int] = None  # of the model that it was measured in, if it was
+    layer_us: Optional[float] = None  # of that with this decode in it, median
+    layer_us_quartile1: Optional[float] = None
+    layer_us_quartile3: Optional[float] = None
+    base_us: Optional[float] = None  # of that without any decode, first in each round
+    base_after_us: Optional[float] = None  # and again, last in each round
     error: Optional[float] = None  # norm of the difference from fp32 over the norm of that
     reason: str = ""  # why it was not measured
+
+    @property
+    def model_us(self):
+        """What the decode adds to a layer of a model."""
+        if self.layer_us is None:
+            return None
+        return self.layer_us - (self.base_us + self.base_after_us) / 2
 
 
 def shape_columns(set_name, shape):
@@ -52,7 +65,7 @@ def shape_columns(set_name, shape):
         seqlen_q=shape.seqlen_q,
         layout="paged" if shape.page_size else shape.layout,
         page_size=shape.page_size or 0,
-        longest=shape.capacity,
+        longest=shape.longest,
         tokens=sum(shape.lengths),
         mib=shape.visible_bytes / 2**20,
     )
@@ -118,6 +131,8 @@ class Entry:
     row: Row  # any of the shape's, for its columns
     times: dict = field(default_factory=dict)  # implementation (the floor too) -> us
     steps: dict = field(default_factory=dict)  # implementation -> us of an eager step
+    in_model: dict = field(default_factory=dict)  # implementation -> us that it adds to a layer
+    bases: tuple = ()  # us of a layer without a decode: first in the rounds, and last
     spread: dict = field(default_factory=dict)  # implementation -> (max - min) / median over runs
 
     @property
@@ -171,20 +186,35 @@ def entries(rows):
         grouped[row.set, row.shape].append(row)
     result = defaultdict(list)
     for (set_name, _), group in grouped.items():
-        times, steps = defaultdict(list), defaultdict(list)
-        for row in group:
-            if row.us is not None:
-                times[row.implementation].append(row.us)
-            if row.step_us is not None:
-                steps[row.implementation].append(row.step_us)
         entry = Entry(group[0])
-        entry.times = {name: statistics.median(values) for name, values in times.items()}
-        entry.steps = {name: statistics.median(values) for name, values in steps.items()}
+        times = _by_implementation(group, "us")
+        entry.times = _medians(times)
+        entry.steps = _medians(_by_implementation(group, "step_us"))
+        entry.in_model = _medians(_by_implementation(group, "model_us"))
+        in_model = [row for row in group if row.model_us is not None]
+        if in_model:
+            entry.bases = tuple(
+                statistics.median(getattr(row, column) for row in in_model)
+                for column in ("base_us", "base_after_us")
+            )
         entry.spread = {
             name: (max(values) - min(values)) / entry.times[name] for name, values in times.items()
         }
         result[set_name].append(entry)
     return dict(result)
+
+
+def _by_implementation(rows, attribute):
+    values = defaultdict(list)
+    for row in rows:
+        value = getattr(row, attribute)
+        if value is not None:
+            values[row.implementation].append(value)
+    return values
+
+
+def _medians(values):
+    return {name: statistics.median(of_name) for name, of_name in values.items()}
 
 
 # --- A set in a few numbers -----------------------------------------------------------------------
@@ -237,6 +267,38 @@ def summary(entries_of_set, worst=5):
 
 def _beyond_target(entry):
     return entry.ours / max(1.03 * entry.floor, entry.floor + 2.0)
+
+
+def best_calls(entry):
+    """{name: implementation} of those measured in a model. A peer that may be called in two ways
+    counts once, by the one that takes less there: "cudnn" is cudnn or cudnn-folded."""
+    found = {}
+    for implementation in sorted(entry.in_model, key=entry.in_model.get):
+        found.setdefault(implementation.removesuffix("-folded"), implementation)
+    return found
+
+
+@dataclass
+class ModelSummary:
+    peer_of_ours: Optional[float]  # geometric mean of fastest peer / ours, in a model
+    peer_count: int  # shapes that ours and at least one peer took
+    behind: list  # (shape, ours / fastest peer, its name) where that is above 1.01, worst first
+
+
+def model_summary(entries_of_set):
+    ratios = {}
+    for entry in entries_of_set:
+        # A difference may come out below 0, where it is lost in the noise of what it was taken of.
+        measured = {name: us for name, us in entry.in_model.items() if us > 0}
+        ours, peers = measured.get(OURS), peers_of(measured)
+        if ours and peers:
+            best = min(peers, key=peers.get)
+            ratios[entry.row.shape, best] = peers[best] / ours
+    behind = [(shape, 1 / ratio, best) for (shape, best), ratio in ratios.items()]
+    behind = [item for item in behind if item[1] > 1.01]
+    return ModelSummary(
+        geometric_mean(ratios.values()), len(ratios), sorted(behind, key=lambda i: -i[1])
+    )
 
 
 def names_in(entries_of_set, attribute="times"):

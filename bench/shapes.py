@@ -25,6 +25,12 @@ class Shape:
     page_size: Optional[int] = None
     latent_dim: Optional[int] = None
     is_float8: bool = False
+    room: Optional[int] = None  # tokens that a sequence has room for; None: the longest's
+    window: Optional[int] = None  # keys that a query sees at most, its own among them
+    softcap: float = 0.0
+    has_sinks: bool = False
+    has_alibi: bool = False
+    has_query_offsets: bool = False  # queries one sequence after the other, with cu_seqlens_q
 
     @property
     def head_dim_v(self):
@@ -49,27 +55,51 @@ class Shape:
         return self.heads_q // self.heads_kv
 
     @property
-    def capacity(self):
-        """Tokens that a sequence has room for."""
+    def longest(self):
         return max(self.lengths)
 
     @property
+    def capacity(self):
+        """Tokens that a sequence has room for."""
+        return self.room or self.longest
+
+    @property
     def is_ragged(self):
-        return min(self.lengths) != max(self.lengths)
+        return min(self.lengths) != self.longest
+
+    @property
+    def is_full(self):
+        """Whether every sequence fills its cache, so that a call can do without lengths."""
+        return not (self.page_size or self.is_ragged or self.room)
+
+    @property
+    def features(self):
+        """What there is beyond plain causal attention, by names for messages."""
+        given = {
+            "a window": self.window,
+            "softcap": self.softcap,
+            "sinks": self.has_sinks,
+            "ALiBi": self.has_alibi,
+        }
+        return {name for name, value in given.items() if value}
 
     @property
     def context_ratio(self):
         """The batch-context ratio of LeanAttention (arXiv 2405.10480): average over maximum."""
-        return sum(self.lengths) / self.batch / self.capacity
+        return sum(self.lengths) / self.batch / self.longest
+
+    @property
+    def has_rows_floor(self):
+        """Whether `read_rows_floor` reads these caches: it takes V of K's head dim, of 16 bits."""
+        return not (self.latent_dim or self.is_float8)
 
     @property
     def has_short_rows(self):
         """Whether a head's tokens lie apart in rows of 128 bytes or less, which cost more to read
         than the same bytes in the order of memory."""
-        contiguous = self.page_size is None and not self.is_ragged
         short = self.heads_kv > 1 and self.head_dim * ELEMENT_BYTES <= 128
-        short = short and not self.is_float8  # the floor of rows reads none
-        return contiguous and short and self.layout == "bshd"
+        whole = self.is_full and self.window is None
+        return self.has_rows_floor and whole and short and self.layout == "bshd"
 
     @property
     def pages(self):
@@ -79,7 +109,10 @@ class Shape:
     @property
     def visible_elements(self):
         """Elements of the K rows that the queries see; as many of V's."""
-        return sum(self.lengths) * self.heads_kv * self.head_dim
+        tokens = sum(self.lengths)
+        if self.window:
+            tokens = sum(min(length, self.window + self.seqlen_q - 1) for length in self.lengths)
+        return tokens * self.heads_kv * self.head_dim
 
     @property
     def visible_bytes(self):
@@ -89,7 +122,15 @@ class Shape:
     @property
     def cache_elements(self):
         """Elements that the K cache is allocated with; as many for V if it is apart."""
-        rows = self.pages * self.page_size if self.page_size else self.batch * self.capacity
+        rows = self.pages * self.page_size if self.page_size else self.batch * self.longest
+        return rows * self.heads_kv * self.head_dim
+
+    @property
+    def overhang(self):
+        """Elements of a contiguous cache beyond those that it is allocated with. Room behind the
+        longest sequence is never read, so it lies over the next sequence's tokens, and the last
+        one's over whatever follows: a large capacity costs no memory."""
+        rows = 0 if self.page_size else self.capacity - self.longest
         return rows * self.heads_kv * self.head_dim
 
     @property
@@ -103,6 +144,37 @@ def uniform(batch, heads_q, heads_kv, head_dim, tokens, layout="bshd", seqlen_q=
     name += f" q{seqlen_q}" * (seqlen_q > 1) + f" {layout}"
     lengths = (tokens,) * batch
     return Shape(heads_q, heads_kv, head_dim, lengths, name, seqlen_q, layout)
+
+
+def in_pages(shape, page_size):
+    name = f"{shape.name.removesuffix(' bshd')} page {page_size}"
+    return replace(shape, page_size=page_size, name=name)
+
+
+def with_room(shape, factor):
+    """Cache or block table `factor` times as long as the longest sequence."""
+    return replace(shape, room=factor * shape.longest, name=f"{shape.name} room x{factor}")
+
+
+def padded(shape, batch):
+    """Filled up to `batch` sequences with empty ones, as servers do that capture few batches."""
+    lengths = (*shape.lengths, *[0] * (batch - shape.batch))
+    return replace(shape, lengths=lengths, name=f"{shape.name} padded to b{batch}")
+
+
+def masked(shape):
+    """`shape` with each of the options that a plain decode does without."""
+    return [
+        replace(shape, name=f"{shape.name} {name}", **options)
+        for name, options in (
+            (f"window {shape.longest // 2}", dict(window=shape.longest // 2)),
+            ("softcap", dict(softcap=30.0)),
+            ("sinks", dict(has_sinks=True)),
+            ("ALiBi", dict(has_alibi=True)),
+            ("q4", dict(seqlen_q=4)),
+            ("cu_seqlens_q", dict(has_query_offsets=True)),
+        )
+    ]
 
 
 def with_ratio(batch, longest, ratio):
@@ -279,25 +351,85 @@ def versions():
     ]
 
 
+def _served():
+    """What servers call most: a few heads, batches and contexts, without a cache's oddities."""
+    return [
+        *(uniform(1, 32, 8, 128, n) for n in (1024, 8192)),
+        uniform(8, 32, 8, 128, 4096),
+        uniform(32, 32, 8, 128, 2048),
+        uniform(1, 32, 32, 128, 2048),
+        uniform(16, 40, 10, 128, 4096),
+    ]
+
+
+def model():
+    """The shapes by which a decode inside a model is judged: bench/in_model.py."""
+    ragged = {"b8 32/8 D128 100 to 4096": between(8, 100, 4096),
+              "b32 32/8 D128 100 to 8192": between(32, 100, 8192)}  # fmt: skip
+    return [
+        *_served(),
+        uniform(1, 16, 16, 64, 4096, "bhsd"),
+        uniform(1, 16, 8, 256, 8192),
+        uniform(1, 28, 4, 128, 131072),
+        uniform(64, 8, 1, 128, 4096),
+        uniform(128, 32, 8, 128, 1024),
+        Shape(32, 8, 128, one_long(32, 32768, 512), "b32 32/8 D128 one 32768 others 512"),
+        Shape(32, 8, 128, between(8, 1024, 65536), "b8 32/8 D128 1024 to 65536"),
+        in_pages(uniform(8, 32, 8, 128, 4096), 16),
+        *(in_pages(Shape(32, 8, 128, lengths, name), page_size)
+          for name, lengths in ragged.items() for page_size in (16, 64)),
+    ]  # fmt: skip
+
+
+def capacity():
+    """Tables and caches that are longer than what stands in them: each shape without room to
+    spare, then 8 and 32 times as long; and a batch that is filled up with empty sequences."""
+    alike = [uniform(1, 32, 8, 128, 8192), uniform(8, 32, 8, 128, 4096),
+             uniform(32, 32, 8, 128, 2048), uniform(16, 40, 10, 128, 4096)]  # fmt: skip
+    varied = [
+        Shape(32, 8, 128, between(b, round(0.9 * n), n), f"b{b} 32/8 D128 {round(0.9 * n)} to {n}")
+        for b, n in ((8, 4096), (32, 2048))
+    ]
+    roomy = [*alike, in_pages(alike[1], 16), in_pages(alike[2], 64),
+             *varied, *(in_pages(shape, 16) for shape in varied)]  # fmt: skip
+    odd = uniform(17, 32, 8, 128, 2048)
+    return [
+        *(s for shape in roomy for s in (shape, with_room(shape, 8), with_room(shape, 32))),
+        *(s for shape in (odd, in_pages(odd, 16))
+          for s in (shape, padded(shape, 24), with_room(padded(shape, 24), 8))),
+    ]  # fmt: skip
+
+
+def general():
+    """Windows, softcap, sinks, ALiBi, four queries a sequence and ragged queries, each alone."""
+    return [s for shape in _served() for s in masked(shape)]
+
+
 def tiny():
     """A few KiB of each kind, to try the bench itself where there is no GPU."""
+    ragged = Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96")
     return [
         uniform(2, 4, 4, 64, 96, "bhsd"),
         uniform(2, 4, 2, 64, 96),
         uniform(1, 4, 2, 64, 96, seqlen_q=2),
-        Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96"),
-        Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96 page 16", page_size=16),
+        ragged,
+        in_pages(ragged, 16),
         Shape(4, 1, 576, (96, 40), "b2 4/1 D576/512 40 to 96", latent_dim=512),
         Shape(4, 2, 64, (96, 40), "b2 4/2 D64 40 to 96 float8", is_float8=True),
+        *(with_room(uniform(2, 4, 2, 64, 96, layout), 8) for layout in ("bshd", "bhsd")),
+        *(with_room(padded(shape, 5), 2) for shape in (ragged, in_pages(ragged, 16))),
+        *masked(uniform(2, 4, 2, 64, 64)),
     ]
 
 
 MAIN_SETS = {"seed": seed, "gqa": gqa, "ragged": ragged, "paged": paged, "spec": spec}
-SETS = {**MAIN_SETS, "latent": latent, "float8": float8, "versions": versions, "tiny": tiny}
+MODEL_SETS = {"model": model, "capacity": capacity, "general": general}
+SETS = {**MAIN_SETS, "latent": latent, "float8": float8, "versions": versions, **MODEL_SETS,
+        "tiny": tiny}  # fmt: skip
 
 
-def shapes_of(names):
-    """[(set, shape)] of the sets named; "all" stands for the five main ones."""
+def shapes_of(names, all_sets=MAIN_SETS):
+    """[(set, shape)] of the sets named; "all" stands for `all_sets`."""
     if "all" in names:
-        names = [*MAIN_SETS, *(name for name in names if name not in MAIN_SETS and name != "all")]
+        names = [*all_sets, *(name for name in names if name not in all_sets and name != "all")]
     return [(name, shape) for name in names for shape in SETS[name]()]

@@ -1,6 +1,6 @@
 """Results as text: rich tables on a terminal, plain columns elsewhere, Markdown for the README."""
 
-from bench.results import FLOOR, entries, names_in, summary
+from bench.results import FLOOR, best_calls, entries, model_summary, names_in, summary
 
 
 def print_tables(rows, markdown=False):
@@ -18,6 +18,54 @@ def print_tables(rows, markdown=False):
                  default=0)  # fmt: skip
     if len({row.run for row in rows}) > 1:
         print(f"Largest spread over runs, (max - min) / median: {spread:.1%}")
+
+
+def print_model_tables(rows):
+    """Every set in the model, short: what each decode takes over the floor, and what follows."""
+    for name, group in entries(rows).items():
+        title = f"{name}: us over the floor, in a graph of decodes alone / in a model"
+        _print_table(title, *model_table(group))
+        print(model_summary_text(name, group))
+
+
+def model_table(group):
+    """(header, lines)"""
+    names = dict.fromkeys(name.removesuffix("-folded") for name in names_in(group, "in_model"))
+    header = ["shape", "MiB", "floor", "base", *names]
+    lines = []
+    for entry in group:
+        calls = best_calls(entry)
+        lines.append(
+            [
+                entry.row.shape,
+                f"{entry.row.mib:.3g}" if entry.row.mib < 1 else f"{entry.row.mib:.0f}",
+                _us(entry.floor),
+                " / ".join(f"{us:.1f}" for us in entry.bases),
+                *(_over_floor(entry, calls.get(name)) for name in names),
+            ]
+        )
+    return header, lines
+
+
+def _over_floor(entry, implementation):
+    """Alone / in the model; without a floor, which the CPU has not, the times themselves."""
+    if implementation is None:
+        return ""
+    floor = entry.floor or 0.0
+    times = (entry.times.get(implementation), entry.in_model[implementation])
+    return " / ".join("-" if us is None else f"{us - floor:.1f}" for us in times)
+
+
+def model_summary_text(name, group):
+    s = model_summary(group)
+    if not s.peer_count:
+        return ""
+    behind = _list(f"{shape} {ratio:.2f} ({peer})" for shape, ratio, peer in s.behind)
+    return (
+        f"{name}: in the model, fastest peer/ours: {s.peer_of_ours:.3f} ({s.peer_count})\n"
+        f"{name}: more than 1% behind the fastest peer there: {len(s.behind)} of "
+        f"{s.peer_count}: {behind}\n"
+    )
 
 
 def times_table(group):

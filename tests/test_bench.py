@@ -1,9 +1,11 @@
 """The bench without a GPU: its shapes, its arithmetic, its files and plots, and its commands."""
 
+import lzma
 import math
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,24 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench takes it off again unless leanattn is built in place
 
-from bench import data, decode, host_time, plot, results, shapes, tables, timing, tune  # noqa: E402
+from bench import (  # noqa: E402
+    carried,
+    data,
+    decode,
+    host_time,
+    in_model,
+    plot,
+    results,
+    runner,
+    shapes,
+    tables,
+    timing,
+    tune,
+)
 from bench.implementations import (  # noqa: E402
     IMPLEMENTATIONS,
     Refused,
+    _takes,
     as_pages,
     environment,
     reason_of,
@@ -37,7 +53,8 @@ def test_sets_are_well_formed(name):
     assert group == shapes.SETS[name]()
     for shape in group:
         assert shape.heads_q % shape.heads_kv == 0
-        assert min(shape.lengths) >= max(1, shape.seqlen_q)
+        assert all(n == 0 and "padded" in shape.name or n >= shape.seqlen_q for n in shape.lengths)
+        assert shape.capacity >= shape.longest > 0
         assert shape.layout in ("bshd", "bhsd")
         assert shape.visible_elements <= shape.cache_elements
         assert 4 * shape.cache_elements <= 16 * shapes.GIB
@@ -90,7 +107,35 @@ def test_a_ratio_that_one_sequence_exceeds_is_refused():
 def test_all_stands_for_the_main_sets():
     names = {name for name, _ in shapes.shapes_of(["all"])}
     assert names == {"seed", "gqa", "ragged", "paged", "spec"}
+    names = {name for name, _ in shapes.shapes_of(["all"], shapes.MODEL_SETS)}
+    assert names == {"model", "capacity", "general"}
     assert len(shapes.shapes_of(["seed", "tiny"])) == 47 + len(shapes.tiny())
+
+
+def test_room_and_padding_add_no_bytes():
+    shape = shapes.uniform(2, 8, 2, 64, 48)
+    roomy = shapes.with_room(shape, 8)
+    assert roomy.capacity == 8 * 48 and roomy.visible_bytes == shape.visible_bytes
+    assert roomy.cache_elements == shape.cache_elements and roomy.overhang == 7 * 48 * 2 * 64
+    assert shape.is_full and not roomy.is_full
+    paged = shapes.with_room(shapes.in_pages(shape, 16), 8)
+    assert paged.name == "b2 8/2 D64 s48 page 16 room x8" and paged.overhang == 0
+    empty = shapes.padded(shape, 5)
+    assert empty.lengths == (48, 48, 0, 0, 0) and empty.visible_bytes == shape.visible_bytes
+
+
+def test_a_window_counts_what_its_queries_see():
+    shape = replace(shapes.Shape(8, 2, 64, (3, 100), "x"), window=10)
+    assert shape.visible_elements == (3 + 10) * 2 * 64
+    assert replace(shape, seqlen_q=4).visible_elements == (3 + 13) * 2 * 64
+
+
+def test_options_are_each_alone():
+    group = shapes.masked(shapes.uniform(1, 8, 2, 64, 48))
+    assert [sorted(s.features) for s in group] == [
+        ["a window"], ["softcap"], ["sinks"], ["ALiBi"], [], []
+    ]  # fmt: skip
+    assert group[-2].seqlen_q == 4 and group[-1].has_query_offsets
 
 
 # --- Tensors --------------------------------------------------------------------------------------
@@ -104,9 +149,12 @@ def cases(dtype=torch.float32):
 def test_input_sets_share_no_memory():
     for case in cases():
         spans = sorted(
-            (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+            (t.data_ptr(), t.data_ptr() + elements * t.element_size())
             for inputs in case.sets
-            for t in (inputs.q, inputs.k_cache, inputs.v_cache)[: 1 + case.shape.num_caches]
+            for t, elements in (
+                (inputs.q, case.shape.query_elements),
+                *((c, case.shape.cache_elements) for c in (inputs.k_cache, inputs.v_cache)),
+            )[: 1 + case.shape.num_caches]
         )
         assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:]))
 
@@ -126,6 +174,34 @@ def test_a_pool_that_is_too_small_says_so():
         pool.case(shape)
 
 
+def test_lengths_are_given_unless_they_are_not_needed():
+    for case in cases():
+        assert case.cache_seqlens.tolist() == list(case.shape.lengths)
+    pool = data.Pool(shapes.tiny(), torch.float32, CPU, 1 << 26)
+    for shape in shapes.tiny():
+        assert (pool.case(shape, with_lengths=False).cache_seqlens is None) == shape.is_full
+    assert sum(shape.is_full for shape in shapes.tiny()) == 9
+
+
+def test_room_is_no_memory_and_the_cache_is_as_it_says():
+    """A roomy cache holds what the tight one holds, in the same memory; its table is wider."""
+    tight = shapes.uniform(3, 4, 2, 64, 32)
+    for shape in (tight, replace(tight, layout="bhsd"), shapes.in_pages(tight, 16)):
+        roomy = shapes.with_room(shape, 4)
+        pool = data.Pool([shape, roomy], torch.float32, CPU, 1 << 26)
+        case, other = pool.case(shape), pool.case(roomy)
+        assert len(case.sets) == len(other.sets)
+        for a, b in zip(case.sets, other.sets):
+            assert torch.equal(a.k_cache, b.k_cache[:, :32]) and a.k_cache.is_set_to(
+                b.k_cache[:, :32]
+            )
+        if shape.page_size:
+            assert other.block_table.shape == (3, 8)
+            assert torch.equal(case.block_table, other.block_table[:, :2])
+        else:
+            assert other.sets[0].k_cache.shape[1] == 128
+
+
 def test_pages_are_taken_once_and_unsorted():
     shape = next(s for s in shapes.paged() if s.page_size == 16 and s.is_ragged)
     table = data.unsorted_pages(shape)
@@ -135,20 +211,52 @@ def test_pages_are_taken_once_and_unsorted():
 
 
 def test_the_truth_is_sdpa():
-    """Against torch's own attention, sequence by sequence, and it tells a wrong answer."""
+    """Against torch's own attention, sequence by sequence, and it tells a wrong answer. Softcap and
+    sinks, which SDPA has not, are by hand."""
     for case in cases():
         shape, inputs = case.shape, case.sets[0]
         expected = data.truth(case)
-        out = inputs.q.new_empty(*inputs.q.shape[:3], shape.head_dim_v)
+        out = inputs.q.new_zeros(*inputs.q.shape[:3], shape.head_dim_v)
         for seq, length in enumerate(shape.lengths):
             k, v = (data._sequence(case, c, seq) for c in (inputs.k_cache, inputs.v_cache))
-            mask = torch.ones(shape.seqlen_q, length).tril(length - shape.seqlen_q).bool()
-            out[seq] = torch.nn.functional.scaled_dot_product_attention(
-                *(x.float().transpose(0, 1) for x in (inputs.q[seq], k, v)), mask, enable_gqa=True
-            ).transpose(0, 1)
+            if length and not shape.features & {"softcap", "sinks"}:
+                out[seq] = torch.nn.functional.scaled_dot_product_attention(
+                    *(x.float().transpose(0, 1) for x in (inputs.q[seq], k, v)),
+                    bias_by_hand(case, length), enable_gqa=True,
+                ).transpose(0, 1)  # fmt: skip
+            elif length:
+                out[seq] = attention_by_hand(case, inputs.q[seq], k, v)
         assert expected.error(out) < 1e-5
         out[0, 0, 0] *= 1.5
         assert expected.error(out) > data.TOLERANCE
+
+
+def bias_by_hand(case, length):
+    """`[Hq, Sq, L]`"""
+    shape = case.shape
+    bias = torch.zeros(shape.heads_q, shape.seqlen_q, length)
+    for i in range(shape.seqlen_q):
+        p = length - shape.seqlen_q + i
+        for j in range(length):
+            if j > p or shape.window and j <= p - shape.window:
+                bias[:, i, j] = -math.inf
+            elif shape.has_alibi:
+                bias[:, i, j] = -case.alibi_slopes * (p - j)
+    return bias
+
+
+def attention_by_hand(case, q, k, v):
+    """One query, softcap or sinks, a head at a time."""
+    shape, out = case.shape, []
+    for head in range(shape.heads_q):
+        kv_head = head // shape.group_size
+        scores = k[:, kv_head].float() @ q[0, head].float() / math.sqrt(shape.head_dim)
+        if shape.softcap:
+            scores = shape.softcap * torch.tanh(scores / shape.softcap)
+        weights = scores.exp()
+        total = weights.sum() + (case.sinks[head].exp() if shape.has_sinks else 0)
+        out.append(weights @ v[:, kv_head].float() / total)
+    return torch.stack(out)[None]
 
 
 # --- Implementations ------------------------------------------------------------------------------
@@ -168,11 +276,13 @@ def test_what_runs_on_the_cpu_is_right():
             else:
                 assert expected.error(out) < data.TOLERANCE, implementation.name
                 answered.setdefault(implementation.name, set()).add(case.shape.name)
-    for name in ("leanattn", "leanattn-no_counters"):
+    for name in ("leanattn", "leanattn-counters", "leanattn-batch_invariant"):
         assert answered[name] == {shape.name for shape in shapes.tiny()}
+    assert answered["leanattn-no_lengths"] == {s.name for s in shapes.tiny() if s.is_full}
     assert answered["math"] >= {
         s.name for s in shapes.tiny() if not s.page_size and not s.is_float8
-    }
+        and s.features <= {"a window"} and min(s.lengths)
+    }  # fmt: skip
 
 
 def test_pages_hold_what_the_sequences_hold():
@@ -193,6 +303,71 @@ def test_pages_hold_what_the_sequences_hold():
             assert torch.equal(taken, data._sequence(case, cache, seq))
             assert (end - begin - 1) * pages.page_size + pages.last_page_len[seq] == length
             assert torch.equal(pages.table[seq, : end - begin], pages.indices[begin:end])
+
+
+def test_what_a_caller_does_not_pass_on_is_refused():
+    shape = replace(shapes.uniform(1, 4, 2, 64, 96), softcap=30.0, has_sinks=True)
+    _takes(shape, "softcap", "sinks", "a window")
+    with pytest.raises(Refused, match="called here without sinks, softcap"):
+        _takes(shape, "a window")
+
+
+def test_a_folder_of_peers(tmp_path, monkeypatch):
+    """What lies there is found, decompressed once; what does not is no error."""
+    for name in ("fa3", "find_flashinfer"):  # each keeps its first result
+        monkeypatch.setattr(carried, name, getattr(carried, name).__wrapped__)
+    monkeypatch.delenv("PEERS_DIR", raising=False)
+    assert carried.fa3() is None and carried.hashes() == {}
+    monkeypatch.setenv("PEERS_DIR", str(tmp_path / "peers"))
+    monkeypatch.setattr(carried.tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "peers").mkdir()
+    (tmp_path / "peers" / f"{carried.FA3}.xz").write_bytes(lzma.compress(b"a library"))
+    path = carried._file(carried.FA3)
+    assert path.read_bytes() == b"a library" and carried._file(carried.FA3) == path
+    assert list(carried.hashes()) == [f"{carried.FA3}.xz"]
+    assert not list(path.parent.glob("*-*-*"))  # nothing half done is left
+    package = tmp_path / "leanattn_test_peer.py"
+    package.write_text("answer = 42\n")
+    with tarfile.open(tmp_path / "peers" / carried.FLASHINFER, "w:xz") as archive:
+        archive.add(package, "site.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    carried.find_flashinfer()
+    assert (Path(sys.path[0]) / "site.py").exists()
+    assert os.environ["FLASHINFER_DISABLE_JIT"] == "1"
+
+
+def test_vllms_fa3_is_called_as_it_wants(monkeypatch):
+    """Its arguments have no names: those that differ from shape to shape are where they belong."""
+    calls = []
+
+    class Library:
+        def get_scheduler_metadata(self, *arguments):
+            calls.append(arguments)
+            return "metadata"
+
+        def fwd(self, *arguments):
+            calls.append(arguments)
+            return [arguments[0]]
+
+    monkeypatch.setattr(carried, "fa3", Library)
+    fa3 = next(i for i in IMPLEMENTATIONS if i.name == "fa3")
+    shape = shapes.with_room(shapes.in_pages(shapes.uniform(2, 4, 2, 64, 40), 16), 2)
+    shape = replace(shape, window=7, softcap=30.0, has_sinks=True)
+    case = data.Pool([shape], torch.bfloat16, CPU, 1 << 26).case(shape)
+    inputs = case.sets[0]
+    assert fa3.prepare(case).call(inputs) is inputs.q
+    metadata, fwd = calls
+    # A table of 5 pages, for 80 tokens; 40 tokens are in 3.
+    assert metadata[:8] == (2, 1, 80, 4, 2, 64, 64, torch.bfloat16)
+    assert metadata[8] is case.cache_seqlens and metadata[14:] == (
+        16, 0, True, 6, 0, True, 0, None, 0
+    )  # fmt: skip
+    assert len(fwd) == 37 and fwd[1] is inputs.k_cache and fwd[11] is case.cache_seqlens
+    assert fwd[13:15] == (80, case.block_table) and fwd[23:30] == (
+        64**-0.5, True, 6, 0, 30.0, True, "metadata"
+    )  # fmt: skip
+    assert torch.equal(fwd[33], case.sinks.bfloat16())
 
 
 def test_environment_is_put_back(monkeypatch):
@@ -333,18 +508,47 @@ def test_a_run_on_the_cpu(tmp_path, capsys):
         assert out.count("flashinfer: not importable here") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["--no-lengths"]])
+def test_lengths_are_given_by_default(monkeypatch, arguments):
+    given, make_case = [], data.Pool.case
+
+    def case(self, shape, **options):
+        given.append(make_case(self, shape, **options))
+        return given[-1]
+
+    monkeypatch.setattr(data.Pool, "case", case)
+    common = ["--set", "tiny", "--device", "cpu", "--impl", "leanattn", "--no-steps"]
+    assert decode.main([*common, "--shape", "s96 bshd", *arguments]) == 0
+    assert given and all(
+        (case.cache_seqlens is None) == (bool(arguments) and case.shape.is_full) for case in given
+    )
+
+
+@pytest.mark.parametrize("text, index", [("cuda", 3), ("cuda:1", 1)])
+def test_cuda_without_an_index_is_the_current_device(monkeypatch, text, index):
+    """torch.cuda.set_device wants one."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(runner.leanattn, "warmup", lambda device: sys.exit("warm"))
+    with pytest.raises(SystemExit, match="warm"):
+        decode.main(["--set", "tiny", "--device", text])
+    assert chosen == [torch.device("cuda", index)]
+
+
 def test_no_figure_of_a_wrong_answer(tmp_path, monkeypatch, capsys):
     """An implementation whose answer is wrong is not timed."""
     monkeypatch.setattr(data, "_attend", lambda case, seq: torch.ones(case.sets[0].q[seq].shape))
     path = tmp_path / "tiny.csv"
-    arguments = ["--set", "tiny", "--device", "cpu", "--impl", "leanattn", "--shape", "bhsd"]
+    arguments = ["--set", "tiny", "--device", "cpu", "--impl", "leanattn", "--shape", "4/4"]
     decode.main([*arguments, "--csv", str(path)])
     _, (row,) = results.read(path)
     assert row.us is None and row.step_us is None and row.reason.startswith("wrong answer")
     assert "wrong answer" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [decode, plot, tune, host_time])
+@pytest.mark.parametrize("module", [decode, in_model, plot, tune, host_time])
 def test_help(module, capsys):
     with pytest.raises(SystemExit) as error:
         module.main(["--help"])
@@ -376,9 +580,9 @@ def test_wrong_arguments(arguments, message, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("module", [decode, tune, host_time])
+@pytest.mark.parametrize("module", [decode, in_model, tune, host_time])
 def test_without_a_gpu_it_says_so(module):
-    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+    with pytest.raises(SystemExit, match=f"{module.__name__}: torch sees no CUDA device"):
         module.main(["--set", "seed"] if module is decode else [])
 
 
@@ -411,7 +615,7 @@ def test_the_floors_read_any_layout(device):
             torch.ops.leanattn.read_rows_floor(inputs.k_cache, inputs.v_cache, sink)
 
         assert timing.graph_times({"floor": timing.CudaGraph(floor, case.sets)})["floor"].median > 0
-        if torch.cuda.get_device_capability(device) >= (9, 0):
+        if shape.has_rows_floor and torch.cuda.get_device_capability(device) >= (9, 0):
             with environment(LEANATTN_LOADER="tma"):
                 graph = timing.CudaGraph(rows_floor, case.sets)
             assert timing.graph_times({"rows": graph})["rows"].median > 0
@@ -436,6 +640,7 @@ def test_what_the_floor_cannot_read(device):
 @pytest.mark.gpu
 @pytest.mark.not_emulated
 def test_a_run_on_the_gpu(device, tmp_path):
+    """`device` is "cuda", without an index, as it is by default."""
     path = tmp_path / "tiny.csv"
     assert decode.main(["--set", "tiny", "--device", device, "--csv", str(path)]) == 0
     _, written = results.read(path)
