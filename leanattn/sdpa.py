@@ -62,7 +62,8 @@ def scaled_dot_product_attention(
         return _torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return decode_bhsd(query, key, value, is_causal, scale)
+    step = _ops.sdpa_step if torch.compiler.is_compiling() else decode_bhsd
+    return step(query, key, value, is_causal, scale)
 
 
 def decode_bhsd(query, key, value, is_causal, scale, out=None, lse=None):
@@ -85,6 +86,26 @@ def decode_bhsd(query, key, value, is_causal, scale, out=None, lse=None):
         *arguments, **options, out=out.transpose(1, 2), lse=lse.transpose(1, 2)
     )
     return out
+
+
+# What compiled code calls. Where tensors begin is known only when it runs: Dynamo does not trace
+# storage_offset(), and a graph that is there already is used for any offset.
+_library = torch.library.Library("leanattn", "FRAGMENT")
+_library.define(
+    "sdpa_step(Tensor query, Tensor key, Tensor value, bool is_causal, float? scale) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "sdpa_step", "CompositeExplicitAutograd")
+def _(query, key, value, is_causal, scale):
+    aligned = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (query, key, value))
+    return decode_bhsd(*aligned, is_causal, scale)
+
+
+@torch.library.register_fake("leanattn::sdpa_step", lib=_library)
+def _(query, key, value, is_causal, scale):
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
 
 
 def explain(
@@ -153,7 +174,7 @@ def unsupported(query, key, value):
         for tensor in (query, key, value):
             # In 2-byte elements: the op wants pointers and strides in multiples of 16 bytes.
             strides = tensor.stride()
-            if strides[3] != 1 or tensor.storage_offset() % 8 or any(s % 8 for s in strides[:3]):
+            if strides[3] != 1 or any(s % 8 for s in strides[:3]) or _begins_between(tensor):
                 return "a tensor's last dimension is not contiguous, or its strides are not aligned"
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
@@ -162,6 +183,11 @@ def unsupported(query, key, value):
     if not torch.compiler.is_compiling() and has_tangent(query, key, value):
         return "derivatives are needed"
     return None
+
+
+def _begins_between(tensor):
+    """Whether it does not begin at a multiple of 16 bytes; unknown while a graph is made."""
+    return not torch.compiler.is_compiling() and tensor.storage_offset() % 8 != 0
 
 
 def _refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):

@@ -5,6 +5,8 @@ With --emulated-gpu the tests marked gpu run, and no others, on a GPU that is em
 see emulator/gpu.h."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -106,6 +108,21 @@ def repeats(request):
     """How often to run what must give the same bits each time, though things happen in another
     order: on a GPU they rarely do, on an emulated one always."""
     return 3 if request.config.getoption("emulated_gpu") else 50
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """A function that runs this Python with these arguments in an empty folder, and gives the
+    finished process. In the root `import leanattn` would find the sources, which lack the compiled
+    part, and not the package that is installed."""
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=tmp_path, capture_output=True, text=True,
+            timeout=300, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    return run
 
 
 @pytest.fixture(autouse=True)

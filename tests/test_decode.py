@@ -264,6 +264,18 @@ def test_sinks_of_any_size(value, device):
     check(case)
 
 
+def test_weights_below_2_to_the_minus_126(device, dtype):
+    """256 keys of weight exp(-sink) each: they may all come out as 0 where that is no normal number
+    of fp32, though their sum is one; before that they count."""
+    case = make_case(device, dtype, lengths=(256,), heads=(16, 1))
+    case["q"].zero_()
+    case["v_cache"].fill_(1)
+    case["sinks"] = torch.linspace(60, 95, 16, device=device)
+    out, _ = check(case)
+    if dtype != torch.float16:
+        assert (out[..., case["sinks"] < 87, :] > 0).all()
+
+
 def test_sinks_count_once_whatever_the_split(device, force_units):
     """A sink added by every unit that holds a piece of the head would count many times."""
     case = make_case(device, sharp_dtype(device), lengths=(1000, 3), sinks=True)

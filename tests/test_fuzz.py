@@ -2,7 +2,6 @@
 
 import collections
 import math
-import subprocess
 import sys
 from unittest import mock
 
@@ -300,10 +299,9 @@ def test_what_is_written_beside_out_is_seen():
     assert seen > 5
 
 
-def test_the_script_with_several_processes():
+def test_the_script_with_several_processes(run_python):
     """Their tallies make one table."""
-    command = [sys.executable, fuzz.__file__, "--cases", "6", "--jobs", "2"]
-    many = subprocess.run(command, capture_output=True, text=True)
+    many = run_python(fuzz.__file__, "--cases", "6", "--jobs", "2")
     assert many.returncode == 0, many.stdout + many.stderr
     assert many.stdout.splitlines()[0].split() == ["cases", "6"]
 

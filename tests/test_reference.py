@@ -1,5 +1,7 @@
 """The reference itself, against torch's own attention and against hand-made cases."""
 
+import math
+
 import pytest
 import torch
 from reference import assert_close, assert_same_bits, reference, same_dtype, ulp
@@ -134,6 +136,28 @@ def test_assert_close_accepts_the_rounded_truth_and_refuses_small_wrongs(dtype):
     lost_out, lost_lse = reference(q, k[:, 1:], v[:, 1:])
     refused(lost_out.to(dtype), true_lse.float())
     refused(out, lost_lse.float())
+
+
+def test_assert_close_knows_weights_that_count_as_0():
+    """A row of 2^-112 may be 0; one of 2^-100 may not, nor may a row of 0 be 2^-112."""
+    q, k, v = tensors(dtype=torch.bfloat16)
+    sinks = torch.full((6,), 112 * math.log(2))
+    case = dict(q=0 * q, k_cache=k, v_cache=torch.ones_like(v) / 40)
+    for sinks, passes in ((sinks, True), (sinks * 100 / 112, False)):
+        truth, lse = (x for x in reference(**case, sinks=sinks))
+        assert truth.min() > 0
+        assert_close(truth.bfloat16(), lse.float(), **case, sinks=sinks)
+        if passes:
+            assert_close(0 * truth.bfloat16(), lse.float(), **case, sinks=sinks)
+        else:
+            with pytest.raises(AssertionError, match="out"):
+                assert_close(0 * truth.bfloat16(), lse.float(), **case, sinks=sinks)
+    nothing = dict(case, cache_seqlens=torch.zeros(2, dtype=torch.int32))
+    out = torch.zeros_like(truth, dtype=torch.bfloat16)
+    lse = torch.full_like(lse, -torch.inf).float()
+    assert_close(out, lse, **nothing)
+    with pytest.raises(AssertionError, match="out"):
+        assert_close(out + 2.0**-112, lse, **nothing)
 
 
 def test_assert_same_bits_sees_signed_zero_and_accepts_nan():

@@ -1,7 +1,5 @@
 """The op as a citizen of torch: schema, fakes, compile, export, autograd, graphs, streams, GPUs."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -560,7 +558,7 @@ def test_runs_on_the_current_stream(device, loader):
 
 @pytest.mark.gpu
 @pytest.mark.not_emulated
-def test_warmup_lets_a_capture_come_first(device):
+def test_warmup_lets_a_capture_come_first(device, run_python):
     """After leanattn.warmup the very first call may be inside a capture (in a fresh process)."""
     program = """
 import torch, leanattn
@@ -575,4 +573,5 @@ with torch.cuda.graph(graph):
 graph.replay()
 assert torch.equal(out, torch.ops.leanattn.decode(q, k, k, lengths))
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    process = run_python("-c", program)
+    assert process.returncode == 0, process.stderr
