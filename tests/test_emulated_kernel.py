@@ -58,7 +58,7 @@ def emulate(emulated_kernel):
 
     def emulate(
         case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False,
-        head_pairs=False,
+        head_pairs=False, lean=False,
     ):  # fmt: skip
         q = case["q"]
         num_units, items_per_team, team_size, clustered = layout
@@ -81,7 +81,7 @@ def emulate(emulated_kernel):
             clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
             seed=seed, bf16=q.dtype == torch.bfloat16,
             e5m2=case["k_cache"].dtype == torch.float8_e5m2,
-            batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs,
+            batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs, lean=lean,
         )  # fmt: skip
         out = torch.from_numpy(out).view(q.dtype).view(*q.shape[:-1], -1)
         return out, torch.from_numpy(lse).view(q.shape[:-1])
@@ -132,6 +132,53 @@ def test_nan_shows_only_where_it_is_seen(rows, wgmma, heads, dims, units, emulat
             case["v_cache"][0, key, -1, key % dims[1]] = torch.nan
             case["v_cache"][0, key, -1, 3] = torch.inf
         hold(emulate(case, rows, (units, 0, 1, False), wgmma=wgmma), case)
+
+
+LEAN_CASES = {
+    "ragged": (8, torch.float16, dict(lengths=(300, 5, 0, 700))),
+    "uniform": (8, torch.float16, dict(lengths=None, batch=3, capacity=500)),
+    "one-sequence": (8, torch.float16, dict(lengths=(900,))),
+    "nothing": (8, torch.float16, dict(lengths=(0, 0))),
+    "16-rows": (16, torch.bfloat16, dict(lengths=(300, 200), heads=(20, 2))),
+    "head-dim-40": (8, torch.float16, dict(lengths=(300, 5), dims=(40, 64))),
+    "head-dim-80": (8, torch.float16, dict(lengths=(300, 5), dims=(80, 104))),
+    "head-dim-192": (8, torch.float16, dict(lengths=(300, 90), dims=(192, 256))),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LEAN_CASES)
+def test_a_lean_kernel_gives_the_same_bits(name, layout, emulate):
+    """As the one with all features, by the same layout."""
+    rows, dtype, options = LEAN_CASES[name]
+    case = make_case("cpu", dtype, **dict(dims=(128, 128)) | options)
+    lean = emulate(case, rows, LAYOUTS[layout], lean=True)
+    hold(lean, case)
+    full = emulate(case, rows, LAYOUTS[layout])
+    for one, other in zip(lean, full):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("page_size", [8, 24, 64, 256])
+@pytest.mark.parametrize("layout", ["stream-k-3", "whole-items", "clusters-of-5"])
+def test_a_lean_kernel_of_pages(layout, page_size, emulate):
+    case = make_case("cpu", torch.float16, lengths=(700, 5, 0, 1500), dims=(128, 128))
+    paged = paginate(case, page_size)
+    lean = emulate(paged, 8, LAYOUTS[layout], lean=True)
+    for one, other in zip(lean, emulate(case, 8, LAYOUTS[layout])):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("lean", [False, True], ids=["full", "lean"])
+@pytest.mark.parametrize("layout", ["stream-k-13", "whole-items", "three-items"])
+@pytest.mark.parametrize("batch", [33, 100, 256, 257, 700])
+def test_many_sequences(batch, layout, lean, emulate):
+    """A lane of the producer has one, several, or they are for all threads to look through."""
+    random = Random(batch)
+    lengths = [random.choice([0, 1, 60, 128, 129, 300]) for _ in range(batch)]
+    case = make_case("cpu", torch.float16, lengths=lengths, heads=(2, 1), dims=(64, 64))
+    for slack in (0, 1 << 20):
+        hold(emulate(case, 8, LAYOUTS[layout], lean=lean, slack_tiles=slack), case)
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])

@@ -358,9 +358,8 @@ def test_a_unit_does_its_slice_of_the_whole_walk(headers, case, units):
 
 @examples
 @given(cases(), UNITS)
-def test_the_walk_is_the_same_from_any_earlier_sequence(headers, case, units):
-    """Sequences without tiles lie on one point of the line: the kernel and the host may stop at
-    different ones of them."""
+def test_the_walk_from_the_sequence_that_holds_its_first_tile(headers, case, units):
+    """As the kernel finds it, by other sums than the host's."""
     problem, line, _ = schedule(headers, case, units)
     starts, position = [], 0
     for seq in range(case["batch"]):
@@ -368,14 +367,11 @@ def test_the_walk_is_the_same_from_any_earlier_sequence(headers, case, units):
         starts.append((seq, sequence.query_begin, position))
         position += case["num_heads_kv"] * headers.tiles_per_head(problem, sequence)
     assert position == line.shares.num_tiles
-    for unit in {0, line.shares.num_units // 2, line.shares.num_units - 1} - {-1}:
-        if line.shares.num_units == 0:
-            break
-        expected = headers.walk(problem, line, unit)
-        for start in starts:
-            if start[2] <= line.shares.begin(unit):
-                walked = headers.walk_from(problem, line.shares, unit, *start)
-                assert np.array_equal(walked, expected)
+    for unit in range(line.shares.num_units):
+        # Sequences without tiles begin where the next one does.
+        start = [s for s in starts if s[2] <= line.shares.begin(unit)][-1]
+        walked = headers.walk_from(problem, line.shares, unit, *start)
+        assert np.array_equal(walked, headers.walk(problem, line, unit))
 
 
 @st.composite
@@ -421,6 +417,29 @@ def test_a_team_shares_out_its_items_alone(headers, layout, idle_teams):
 
 
 @examples
+@given(team_layouts(), st.integers(0, 40))
+def test_teams_are_spread_over_more_units(headers, layout, idle_teams):
+    """In order, as evenly as can be, and each team's units side by side."""
+    case, items_per_team, team_size = layout
+    items = items_in_order(case)
+    num_teams = -(-len(items) // items_per_team)
+    slots = num_teams + idle_teams
+    table = headers.walk_teams(
+        make_problem(headers, case),
+        headers.Layout(slots * team_size, items_per_team, team_size, num_teams), False,
+    )  # fmt: skip
+    of_team = {}
+    for segment in table:
+        team = items.index(item_of(segment)) // items_per_team
+        of_team.setdefault(team, set()).add(segment["unit"] // team_size)
+    places = [min(of_team[team]) for team in sorted(of_team)]
+    assert all(len(slots_of) == 1 for slots_of in of_team.values())
+    assert places == sorted(set(places)) and all(place < slots for place in places)
+    for team, place in zip(sorted(of_team), places):
+        assert team * slots // num_teams <= place <= -(-(team + 1) * slots // num_teams)
+
+
+@examples
 @given(team_layouts())
 def test_a_team_is_evenly_loaded_and_its_partials_have_places(headers, layout):
     case, items_per_team, team_size = layout
@@ -447,7 +466,6 @@ def test_a_uniform_batch_needs_no_walk_to_its_places(headers, case, units):
     uniform = headers.UniformLine(problem, units)
     assert uniform.shares.num_units == line.shares.num_units
     assert uniform.shares.num_tiles == line.shares.num_tiles
-    assert uniform.any_empty == headers.has_empty_items(problem, line.sequence(0))
     for unit in range(min(line.shares.num_units + 1, 40)):
         walked = headers.walk_uniform(problem, uniform, unit)
         assert np.array_equal(walked, table[table["unit"] == unit])
@@ -504,7 +522,6 @@ def test_items_without_tiles_are_named(headers, case, units):
         sequence = line.sequence(seq)
         blocks = headers.num_empty_row_blocks(problem, sequence)
         assert {(seq, block) for block in range(blocks)} == {e for e in empty if e[0] == seq}
-        assert headers.has_empty_items(problem, sequence) == (blocks > 0)
 
 
 @examples

@@ -24,6 +24,13 @@
 #define LEANATTN_HAS_WGMMA 0
 #endif
 
+// Of a function of the kernel whose code must not lie in the way of what runs every time.
+#if defined(__CUDACC__)
+#define LEANATTN_OUT_OF_LINE __device__ __noinline__
+#else
+#define LEANATTN_OUT_OF_LINE __attribute__((noinline))
+#endif
+
 // Before a loop that runs once as a rule: unrolled copies would only be fetched for nothing.
 #if defined(__CUDA_ARCH__)
 #define LEANATTN_KEEP_ROLLED _Pragma("unroll 1")

@@ -126,18 +126,18 @@ LEANATTN_HD int64_t lse_offset(const DecodeParams& p, int seq, int query_row, in
   return seq * p.lse_batch_stride + query_row * p.lse_seq_stride + head * p.lse_head_stride;
 }
 
-// Index of partial `node` of a unit's segment: times rows_per_item * Dv into partial_o.
-LEANATTN_HD int64_t partial_index(const DecodeParams& p, const Participants& units, int unit,
-                                  int node) {
-  return units.slot(unit) * p.max_nodes + node;
+// Index of partial `node` of the segment that has a slot: times rows_per_item * Dv into partial_o.
+LEANATTN_HD int64_t partial_index(const DecodeParams& p, int64_t slot, int node) {
+  return slot * p.max_nodes + node;
 }
 
 // The counter of an item that several units share. An item is known by the unit that it begins in:
 // of the items that begin in one unit's share only the last can go on in the next. Where there are
 // fewer items than units, by its own number, so that a few counters are enough.
+template <bool kPlain = false>
 LEANATTN_HD int counter_index(const DecodeParams& p, const Segment& segment, int first_unit) {
   if (!p.counter_per_item) return first_unit;
-  const int row_blocks = num_row_blocks(p.problem, segment.sequence);
+  const int row_blocks = num_row_blocks<kPlain>(p.problem, segment.sequence);
   return (segment.seq * p.problem.num_heads_kv + segment.head) * row_blocks + segment.row_block;
 }
 
@@ -148,7 +148,9 @@ struct QueryRow {
   int position;  // where the query stands among the keys
 };
 
+template <bool kPlain = false>
 LEANATTN_HD QueryRow query_row(const DecodeParams& p, const Segment& segment, int row) {
+  if (kPlain) return {0, segment.head * p.problem.group_size + row, segment.sequence.length - 1};
   const int packed = segment.row_block * p.problem.rows_per_item + row;
   const int query = packed / p.problem.group_size;
   return {query, segment.head * p.problem.group_size + packed % p.problem.group_size,

@@ -73,6 +73,14 @@ struct Problem {
   Mask mask;
 };
 
+// Most decodes have plain items: one query a sequence, which sees all of it, and its rows of a KV head
+// in one item. Kernels for them are compiled with kPlain, as are the functions that they call: they
+// give the same, and the rest of a Problem costs them nothing.
+LEANATTN_HD bool has_plain_items(const Problem& p) {
+  const bool sees_all = p.mask.window_left < 0 || p.mask.window_left >= p.capacity - 1;
+  return !p.cu_seqlens_q && p.seqlen_q == 1 && p.row_blocks == 1 && sees_all;
+}
+
 struct Sequence {
   int length;
   int query_begin;  // first row in the packed queries; 0 without cu_seqlens_q
@@ -100,22 +108,24 @@ LEANATTN_HD int first_query_row(const Problem& p) {
 }
 
 // The sequence `seq`, whose queries begin where those of the one before it end.
+template <bool kPlain = false>
 LEANATTN_HD Sequence load_sequence(const Problem& p, int seq, int query_begin) {
   Sequence s;
   s.length = p.cache_seqlens
                  ? clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, p.capacity)
                  : p.capacity;
-  s.query_begin = query_begin;
-  s.num_queries = p.seqlen_q;
-  if (p.cu_seqlens_q) {
+  s.query_begin = kPlain ? 0 : query_begin;
+  s.num_queries = kPlain ? 1 : p.seqlen_q;
+  if (!kPlain && p.cu_seqlens_q) {
     const int query_end = p.cu_seqlens_q[(seq + 1) * p.cu_seqlens_q_stride];
     s.num_queries = clamp_to(query_end, query_begin, p.total_q) - query_begin;
   }
   return s;
 }
 
+template <bool kPlain = false>
 LEANATTN_HD int next_query_begin(const Problem& p, const Sequence& s) {
-  return p.cu_seqlens_q ? s.query_begin + s.num_queries : 0;
+  return !kPlain && p.cu_seqlens_q ? s.query_begin + s.num_queries : 0;
 }
 
 LEANATTN_HD int position_of(const Sequence& s, int query) {
@@ -126,7 +136,9 @@ LEANATTN_HD int num_rows(const Problem& p, const Sequence& s) {
   return s.num_queries * p.group_size;
 }
 
+template <bool kPlain = false>
 LEANATTN_HD int num_row_blocks(const Problem& p, const Sequence& s) {
+  if (kPlain) return 1;
   // Not rounded up by adding first: there may be almost 2^31 rows.
   const int rows = num_rows(p, s);
   return rows == 0 ? 0 : (rows - 1) / p.rows_per_item + 1;
@@ -135,7 +147,9 @@ LEANATTN_HD int num_row_blocks(const Problem& p, const Sequence& s) {
 // --- One item ----------------------------------------------------------------------------------
 
 // Rows of the item; row r holds query r / group_size and head r % group_size of the group.
+template <bool kPlain = false>
 LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
+  if (kPlain) return p.group_size;
   return min_of<int>(p.rows_per_item, num_rows(p, s) - row_block * p.rows_per_item);
 }
 
@@ -153,7 +167,9 @@ struct ItemKeys {
   LEANATTN_HD bool alike() const { return any.begin == all.begin && any.end == all.end; }
 };
 
+template <bool kPlain = false>
 LEANATTN_HD ItemKeys item_keys(const Problem& p, const Sequence& s, int row_block) {
+  if (kPlain) return {{0, s.length}, {0, s.length}};
   const int first_row = row_block * p.rows_per_item;
   const KeyRange first = row_keys(p, s, first_row);
   const KeyRange last = row_keys(p, s, first_row + item_rows(p, s, row_block) - 1);
@@ -170,7 +186,9 @@ LEANATTN_HD TileRange item_tiles(const Problem& p, const KeyRange& any) {
 
 // Row blocks of a sequence that see no key, and so have no tile: always the first ones, since later
 // rows see later keys.
+template <bool kPlain = false>
 LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
+  if (kPlain) return s.length == 0;
   const int row_blocks = num_row_blocks(p, s);
   int empty = 0;
   LEANATTN_KEEP_ROLLED
@@ -178,11 +196,9 @@ LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
   return empty;
 }
 
-LEANATTN_HD bool has_empty_items(const Problem& p, const Sequence& s) {
-  return s.num_queries > 0 && item_keys(p, s, 0).any.empty();
-}
-
+template <bool kPlain = false>
 LEANATTN_HD int tiles_per_head(const Problem& p, const Sequence& s) {
+  if (kPlain) return item_tiles(p, {0, s.length}).size();
   int tiles = 0;
   const int row_blocks = num_row_blocks(p, s);
   LEANATTN_KEEP_ROLLED
@@ -211,20 +227,41 @@ constexpr int kMaxClusterSize = 8;
 
 // How a launch lays the items on its units. Units team * team_size + rank form a team.
 struct Layout {
-  int num_units;
+  FastDivisor num_units;
   // 0: stream-K, equal shares of the whole line for all units. Else the items that a team takes;
   // one, where it has several units: they share it out evenly.
   int items_per_team;
   FastDivisor team_size;
-  // Where only the device knows the lengths, and so whether the items are alike: units that teams
-  // keep busy, and how many tiles more than their mean the longest share may have.
-  int team_units;
+  // Teams that have items.
+  int num_teams;
+  // Where only the device knows the lengths, and so whether the items are alike: how many tiles more than
+  // their mean the longest share may have. Else the units share out the line.
   int slack_tiles;
+  // Teams that there are units for. For that case they may be more than num_teams; those that have items
+  // are spread over the units then, since neighbours share a way to the memory.
+  FastDivisor team_slots;
 };
 
 LEANATTN_HD bool has_teams(const Layout& layout) { return layout.items_per_team > 0; }
 
-LEANATTN_HD int num_items(const Problem& p) { return p.batch * p.num_heads_kv * p.row_blocks; }
+template <bool kPlain = false>
+LEANATTN_HD int num_items(const Problem& p) {
+  return p.batch * p.num_heads_kv * (kPlain ? 1 : int{p.row_blocks});
+}
+
+// The team whose place is `slot`, or -1: it idles.
+LEANATTN_HD int team_at(const Layout& layout, int slot) {
+  if (layout.num_teams >= layout.team_slots) return slot < layout.num_teams ? slot : -1;
+  const int team = slot * layout.num_teams / layout.team_slots;
+  return (slot + 1) * layout.num_teams / layout.team_slots > team ? team : -1;
+}
+
+// The first of the items of the team whose place is `slot`, or -1.
+template <bool kPlain = false>
+LEANATTN_HD int first_item_at(const Problem& p, const Layout& layout, int slot) {
+  const int first = team_at(layout, slot) * layout.items_per_team;
+  return first < num_items<kPlain>(p) ? max_of(first, -1) : -1;
+}
 
 // Equal shares of a stretch of the line for a run of neighbouring units.
 struct Shares {
@@ -291,6 +328,12 @@ struct Participants {
   }
 };
 
+// Participants::slot of a unit that has this segment, without a search for the others.
+LEANATTN_HD int64_t own_slot(const Shares& shares, const Segment& segment, int unit) {
+  const bool is_first = segment.tile_begin == segment.item.begin;
+  return int64_t{unit} * 2 + (is_first && shares.begin(unit) < segment.item_line ? 1 : 0);
+}
+
 LEANATTN_HD Participants participants(const Shares& shares, const Segment& segment) {
   const int first = shares.unit_of(segment.item_line);
   return {first, shares.unit_of(segment.item_line + segment.item.size() - 1),
@@ -311,7 +354,7 @@ struct UniformLine {
   ItemKeys keys;
   Shares shares;  // for stream-K
   FastDivisor tiles_per_sequence;
-  bool any_empty;
+  FastDivisor tiles_per_head;
 
   LEANATTN_HD Position start(int unit) const {
     const int line = shares.is_idle(unit) ? 0 : shares.begin(unit);
@@ -330,8 +373,8 @@ inline UniformLine make_uniform_line(const Problem& problem, int max_units) {
     line.item = item_tiles(problem, line.keys.any);
   }
   line.shares = make_shares(problem.batch * tiles, max_units);
-  line.tiles_per_sequence = FastDivisor(max_of(tiles, 1));
-  line.any_empty = has_empty_items(problem, sequence);
+  line.tiles_per_sequence = max_of(tiles, 1);
+  line.tiles_per_head = max_of(tiles / problem.num_heads_kv, 1);
   return line;
 }
 

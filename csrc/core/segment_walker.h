@@ -8,14 +8,23 @@
 
 namespace leanattn {
 
-// Walks the segments of one unit, in line order. With a `uniform` that holds, nothing is read from
-// memory and little is computed: the first copy of a launch waits for this.
-class SegmentWalker {
+// The sequence of the first item of the unit's team; of any, where it idles.
+template <bool kPlain = false>
+LEANATTN_HD Sequence load_team_sequence(const Problem& p, const Layout& layout, int unit) {
+  const int item = max_of(first_item_at<kPlain>(p, layout, unit / layout.team_size), 0);
+  const int head = kPlain ? item : item / p.row_blocks;
+  return load_sequence<kPlain>(p, head / p.num_heads_kv, 0);
+}
+
+// Walks the segments of one unit, in line order. Its start reads nothing from memory and computes little:
+// the first copy of a launch waits for it. kPlain: the problem has plain items.
+template <bool kPlain>
+class Walker {
  public:
-  // Stream-K: the unit's share of the whole line. `start` is the position of the sequence that holds
-  // the first tile of the share, or of one before it.
-  LEANATTN_HD SegmentWalker(const Problem& problem, const Shares& shares, int unit,
-                            const Position& start, const UniformLine& uniform = {})
+  // Stream-K: the unit's share of the whole line. `start` is the position of `sequence`, which holds the
+  // first tile of the share.
+  LEANATTN_HD Walker(const Problem& problem, const Shares& shares, int unit, const Position& start,
+                     const Sequence& sequence, const UniformLine& uniform = {})
       : problem_(problem),
         alike_(uniform.one_row_block),
         alike_keys_(uniform.keys),
@@ -27,35 +36,46 @@ class SegmentWalker {
     next_ = idle ? 0 : shares.begin(unit);
     end_ = idle ? 0 : shares.end(unit);
     items_left_ = INT32_MAX;
-    if (next_ < end_) seek();
+    if (next_ >= end_) return;
+    enter_sequence(sequence);
+    const int offset = next_ - position_.line;  // within the sequence
+    head_ = uniform.one_row_block ? offset / uniform.tiles_per_head : offset / tiles_per_head_;
+    item_line_ = position_.line + head_ * tiles_per_head_;
+    row_block_ = 0;
+    enter_item();
+    if constexpr (!kPlain) {
+      LEANATTN_KEEP_ROLLED
+      while (next_ >= item_line_ + item_.size()) enter_next_row_block();
+    }
   }
 
-  // Teams: the unit's part of its team's items. The line starts at the team's first item.
-  LEANATTN_HD SegmentWalker(const Problem& problem, const Layout& layout, int unit,
-                            const UniformLine& uniform = {})
+  // Teams: the unit's part of its team's items. The line starts at the team's first item, which is of
+  // `sequence`: load_team_sequence.
+  LEANATTN_HD Walker(const Problem& problem, const Layout& layout, int unit,
+                     const Sequence& sequence, const UniformLine& uniform = {})
       : problem_(problem),
         alike_(uniform.one_row_block),
         alike_keys_(uniform.keys),
         alike_item_(uniform.item),
         in_team_(true) {
-    const int team = unit / layout.team_size;
-    const int first_item = team * layout.items_per_team;
-    items_left_ = min_of(num_items(problem) - first_item, layout.items_per_team);
     next_ = 0;
     end_ = 0;
-    if (items_left_ <= 0) return;
-    const int head = first_item / problem.row_blocks;  // over all sequences
-    row_block_ = first_item - head * problem.row_blocks;
+    const int slot = unit / layout.team_size;
+    const int first_item = first_item_at<kPlain>(problem, layout, slot);
+    if (first_item < 0) return;
+    items_left_ = min_of(num_items<kPlain>(problem) - first_item, layout.items_per_team);
+    const int head = kPlain ? first_item : first_item / problem.row_blocks;  // over all sequences
+    row_block_ = kPlain ? 0 : first_item - head * problem.row_blocks;
     position_ = {head / problem.num_heads_kv, 0, 0};
     head_ = head - position_.seq * problem.num_heads_kv;
-    sequence_ = load_sequence(problem, position_.seq, 0);
+    sequence_ = sequence;
     item_line_ = 0;
     enter_item();
     if (layout.team_size == 1) {
       end_ = INT32_MAX;  // items_left_ tells when the share is done
       return;
     }
-    shares_ = make_shares(item_.size(), layout.team_size, team * layout.team_size);
+    shares_ = make_shares(item_.size(), layout.team_size, slot * layout.team_size);
     if (shares_.is_idle(unit)) return;
     next_ = shares_.begin(unit);
     end_ = shares_.end(unit);
@@ -86,26 +106,15 @@ class SegmentWalker {
     return true;
   }
 
+  LEANATTN_HD bool in_team() const { return in_team_; }
+
   // For the segments that do not hold their whole item.
   LEANATTN_HD const Shares& shares() const { return shares_; }
 
  private:
-  // To the item that holds tile `next_`. The only division of a walk.
-  LEANATTN_HD void seek() {
-    enter_sequence();
-    LEANATTN_KEEP_ROLLED
-    while (next_ >= sequence_end()) enter_next_sequence();
-    head_ = (next_ - position_.line) / tiles_per_head_;
-    item_line_ = position_.line + head_ * tiles_per_head_;
-    row_block_ = 0;
-    enter_item();
-    LEANATTN_KEEP_ROLLED
-    while (next_ >= item_line_ + item_.size()) enter_next_row_block();
-  }
-
   // It may have no tile.
   LEANATTN_HD void enter_next_item() {
-    if (row_block_ + 1 < num_row_blocks(problem_, sequence_)) return enter_next_row_block();
+    if (row_block_ + 1 < num_row_blocks<kPlain>(problem_, sequence_)) return enter_next_row_block();
     item_line_ += item_.size();
     row_block_ = 0;
     if (++head_ == problem_.num_heads_kv) {
@@ -125,24 +134,25 @@ class SegmentWalker {
   }
 
   LEANATTN_HD void enter_item() {
-    if (alike_) {
+    if (!kPlain && alike_) {
       keys_ = alike_keys_;
       item_ = alike_item_;
       return;
     }
-    keys_ = item_keys(problem_, sequence_, row_block_);
+    keys_ = item_keys<kPlain>(problem_, sequence_, row_block_);
     item_ = item_tiles(problem_, keys_.any);
   }
 
   LEANATTN_HD void enter_next_sequence() {
-    position_ = {position_.seq + 1, next_query_begin(problem_, sequence_), sequence_end()};
-    enter_sequence();
+    position_ = {position_.seq + 1, next_query_begin<kPlain>(problem_, sequence_), sequence_end()};
+    enter_sequence(load_sequence<kPlain>(problem_, position_.seq, position_.query_begin));
   }
 
-  LEANATTN_HD void enter_sequence() {
-    sequence_ = load_sequence(problem_, position_.seq, position_.query_begin);
+  LEANATTN_HD void enter_sequence(const Sequence& sequence) {
+    sequence_ = sequence;
     if (in_team_) return;
-    tiles_per_head_ = alike_ ? alike_item_.size() : tiles_per_head(problem_, sequence_);
+    tiles_per_head_ =
+        !kPlain && alike_ ? alike_item_.size() : tiles_per_head<kPlain>(problem_, sequence_);
   }
 
   LEANATTN_HD int sequence_end() const {
@@ -169,5 +179,7 @@ class SegmentWalker {
   int next_;        // on the line
   int end_;
 };
+
+using SegmentWalker = Walker<false>;
 
 }  // namespace leanattn

@@ -245,7 +245,7 @@ class CpuDecode {
 
   // Of a partial, among the rows of all partials.
   int64_t first_row_of(const Participants& units, int unit, int node) const {
-    return partial_index(params_, units, unit, node) * problem_.rows_per_item;
+    return partial_index(params_, units.slot(unit), node) * problem_.rows_per_item;
   }
 
   void merge_partial(RowStates& states, int64_t slot) const {

@@ -17,7 +17,8 @@ namespace leanattn {
 template <class Traits>
 const KernelSetup& setup_kernel(int device);
 template <class Traits>
-void launch_kernel(const DecodeParams& params, bool may_overlap, int device, cudaStream_t stream);
+void launch_kernel(const DecodeParams& params, const TensorMaps& maps, bool may_overlap, int device,
+                   cudaStream_t stream);
 
 void throw_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -126,7 +127,7 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
     return encode(shape, params.cache_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&
            encode(shape, params.cache_type, 1 << maps.rows_box_rows_log2, cache_maps.rows);
   };
-  maps.usable = encode_both(k, maps.k) && encode_both(v, maps.v);
+  maps.usable = encode_both(k, maps.cache[0]) && encode_both(v, maps.cache[1]);
   return maps;
 }
 
@@ -138,17 +139,35 @@ struct KernelKey {
   int head_dim;
   int rows;
   Kind kind;
+  bool is_lean = false;  // of those that can do what plain decodes need, and no more:
+  bool bfloat16 = false;
+  bool paged = false;
 };
 
 // Calls visit.operator()<Traits>() with the kernel for `key`, or not at all if there is none.
 template <int kHeadDim, class CacheElement, class Visit>
 void dispatch_rows(const KernelKey& key, Visit visit) {
-  const auto with = [&]<int kRows, Kind kKind>() {
+  constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
+  constexpr bool kHasWgmma = !kFloat8;
+  const auto with = [&]<int kRows, Kind kKind, class Features = AllFeatures>() {
     if (key.rows != kRows || key.kind != kKind) return;
-    visit.template operator()<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>();
+    visit.template operator()<DecodeTraits<kHeadDim, kRows, kKind, CacheElement, Features>>();
   };
-  constexpr bool kHasWgmma = !std::is_same_v<CacheElement, Float8>;
-  if constexpr (kHeadDim == kMaxHeadDim) {
+  const auto with_lean = [&]<bool kBFloat16, bool kPaged>() {
+    if (key.bfloat16 != kBFloat16 || key.paged != kPaged) return;
+    with.template operator()<8, Kind::kMma, LeanFeatures<kBFloat16, kPaged>>();
+    with.template operator()<16, Kind::kMma, LeanFeatures<kBFloat16, kPaged>>();
+  };
+  if (key.is_lean) {
+    if constexpr (kHeadDim != kMaxHeadDim) {
+      with_lean.template operator()<true, false>();
+      with_lean.template operator()<true, true>();
+      if constexpr (!kFloat8) {
+        with_lean.template operator()<false, false>();
+        with_lean.template operator()<false, true>();
+      }
+    }
+  } else if constexpr (kHeadDim == kMaxHeadDim) {
     // Fewer rows, and by mma more than 16 at a time, have no kernel of their own.
     with.template operator()<16, Kind::kMma>();
     with.template operator()<16, Kind::kTree>();
@@ -208,6 +227,16 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
   return {is_float8(params.cache_type), max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
+// Whether a call needs no more than the lean kernels have: one query that sees all of its sequence, scores
+// that are only scaled. LEANATTN_FEATURES=all keeps them from being used.
+bool allows_lean(const DecodeParams& params) {
+  if (knob_is_second("LEANATTN_FEATURES", "lean", "all")) return false;
+  if (!has_plain_items(params.problem) || params.batch_invariant || params.head_pairs) return false;
+  if (params.softcap != 0.0f || params.alibi_slopes || params.sinks) return false;
+  return !is_float8(params.cache_type) || (params.cache_type == CacheType::kFloat8E4M3 &&
+                                           params.element_type == ElementType::kBFloat16);
+}
+
 // Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
 bool wants_dependent_launch() { return knob_is_second("LEANATTN_PDL", "0", "1"); }
 
@@ -221,8 +250,26 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
     check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
                "cudaMemsetAsync");
   }
-  dispatch(make_key(params, params.problem.rows_per_item, device),
-           [&]<class Traits>() { launch_kernel<Traits>(params, may_overlap, device, stream); });
+  KernelKey key = make_key(params, params.problem.rows_per_item, device);
+  const TensorMaps maps =
+      device_limits(device).capability >= 90 ? make_tensor_maps(params) : TensorMaps{};
+  bool is_launched = false;
+  const auto launch = [&]<class Traits>() {
+    const KernelSetup& setup = setup_kernel<Traits>(device);
+    // A lean kernel has one loader, the best of the architecture that it is compiled for.
+    const bool has_loader = !key.is_lean || !setup.has_tma || maps.usable;
+    if (setup.num_stages == 0 || !has_loader) return;
+    launch_kernel<Traits>(params, setup.has_tma ? maps : TensorMaps{}, may_overlap, device, stream);
+    is_launched = true;
+  };
+  if (allows_lean(params)) {
+    key.is_lean = true;
+    key.bfloat16 = params.element_type == ElementType::kBFloat16;
+    key.paged = params.block_table != nullptr;
+    dispatch(key, launch);
+    key.is_lean = false;
+  }
+  if (!is_launched) dispatch(key, launch);
 }
 
 int CudaDevice::capability() const { return device_limits(device_).capability; }
@@ -261,8 +308,13 @@ void warm_up(int device) {
       for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
         if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
         for (const bool float8 : {false, true}) {
-          dispatch({float8, head_dim, rows, kind},
-                   [&]<class Traits>() { setup_kernel<Traits>(device); });
+          const auto set_up = [&]<class Traits>() { setup_kernel<Traits>(device); };
+          dispatch({float8, head_dim, rows, kind}, set_up);
+          for (const bool bfloat16 : {false, true}) {
+            for (const bool paged : {false, true}) {
+              dispatch({float8, head_dim, rows, kind, true, bfloat16, paged}, set_up);
+            }
+          }
         }
       }
     }

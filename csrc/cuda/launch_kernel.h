@@ -59,9 +59,9 @@ RoomPlan plan_fold(const KernelSetup& setup) {
 
 // One CTA a unit.
 template <class Traits>
-void launch_kernel(const DecodeParams& params, bool may_overlap, int device, cudaStream_t stream) {
+void launch_kernel(const DecodeParams& params, const TensorMaps& maps, bool may_overlap, int device,
+                   cudaStream_t stream) {
   const KernelSetup& setup = setup_kernel<Traits>(device);
-  const TensorMaps maps = setup.has_tma ? make_tensor_maps(params) : TensorMaps{};
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
   if (may_overlap && setup.has_tma) launch.overlap_with_previous_kernel();
@@ -71,9 +71,9 @@ void launch_kernel(const DecodeParams& params, bool may_overlap, int device, cud
 }
 
 // Of DecodeTraits' arguments.
-#define LEANATTN_INSTANTIATE(...)                                                        \
-  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int);              \
-  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, bool, int, \
-                                                         cudaStream_t);
+#define LEANATTN_INSTANTIATE(...)                                                                \
+  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int);                      \
+  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, const TensorMaps&, \
+                                                         bool, int, cudaStream_t);
 
 }  // namespace leanattn

@@ -191,7 +191,7 @@ void launch_read_rows_floor(const DecodeParams& params, int* sink, int device,
                                   cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
              "cudaFuncSetAttribute");
   read_rows_floor_kernel<<<limits.num_sms, kThreads, kSharedBytes, stream>>>(
-      maps.k.tile, maps.v.tile, boxes, sink);
+      maps.cache[0].tile, maps.cache[1].tile, boxes, sink);
   check_cuda(cudaGetLastError(), "read_rows_floor_kernel");
 }
 

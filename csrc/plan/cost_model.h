@@ -85,7 +85,7 @@ inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num
     const double partials = std::ceil(static_cast<double>(items.tiles) / small) + 1;
     us += kStreamKFixupUs + partials * items.partial_bytes / kMergeBytesPerUs;
   }
-  return {{units, 0, 1, 0, 0}, false, us};
+  return {{units, 0, 1, 0, 0, 1}, false, us};
 }
 
 // Teams of `size` units; with 1, each takes as few whole items as all SMs together can.
@@ -93,7 +93,7 @@ inline LayoutChoice teams(const Items& items, const Machine& machine, int size, 
   const int per_team = size == 1 ? ceil_div(std::max(items.count, 1), machine.num_sms) : 1;
   const int num_teams = ceil_div(std::max(items.count, 1), per_team);
   const double tile = items.tile_bytes;
-  LayoutChoice choice{{num_teams * size, per_team, size, num_teams * size, 0}, clustered, 0.0};
+  LayoutChoice choice{{num_teams * size, per_team, size, num_teams, 0, num_teams}, clustered, 0.0};
   if (size == 1) {
     const int full = num_teams - (items.count % per_team != 0);
     choice.us = read_us(machine, full, per_team * tile * items.tiles, num_teams - full,

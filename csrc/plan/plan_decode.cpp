@@ -22,10 +22,10 @@ Layout stream_k_layout(const Problem& problem, int available) {
   const std::string_view forced = knob("LEANATTN_NUM_UNITS");
   if (forced.empty()) {
     const int64_t units = std::clamp<int64_t>(max_tiles(problem), 1, available);
-    return {static_cast<int>(units), 0, 1, 0, 0};
+    return {static_cast<int>(units), 0, 1, 0, 0, 1};
   }
   check_stream_k("LEANATTN_NUM_UNITS");
-  return {knob_number("LEANATTN_NUM_UNITS", forced), 0, 1, 0, 0};
+  return {knob_number("LEANATTN_NUM_UNITS", forced), 0, 1, 0, 0, 1};
 }
 
 void set_rows_per_item(DecodeParams& p, int rows) {
@@ -92,7 +92,8 @@ double plan_layout(DecodeParams& p, int64_t rows, const Device& device) {
       // The device may fall back on stream-K, which wants all SMs.
       const int size = choice.layout.team_size;
       const int fit = choice.is_clustered ? machine.max_clusters[size] : machine.num_sms / size;
-      choice.layout.num_units = max_of(choice.layout.num_units, fit * size);
+      choice.layout.team_slots = max_of(choice.layout.num_teams, fit);
+      choice.layout.num_units = choice.layout.team_slots * size;
     }
     p.layout = choice.layout;
     p.is_clustered = choice.is_clustered;

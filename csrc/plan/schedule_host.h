@@ -41,7 +41,8 @@ class HostLine {
                            [](int line, const Position& position) { return line < position.line; });
       start = *(after - 1);
     }
-    return SegmentWalker(problem_, shares_, unit, start);
+    const Sequence sequence = load_sequence(problem_, start.seq, start.query_begin);
+    return SegmentWalker(problem_, shares_, unit, start, sequence);
   }
 
  private:

@@ -24,7 +24,7 @@ inline bool has_counter_per_item(const DecodeParams& p) {
 
 // See counter_index.
 inline int num_counters(const DecodeParams& p) {
-  return has_counter_per_item(p) ? num_items(p.problem) : p.layout.num_units;
+  return has_counter_per_item(p) ? num_items(p.problem) : int{p.layout.num_units};
 }
 
 // Whether partials of cut items may go through global memory. Where teams take the items whatever the

@@ -30,6 +30,14 @@ inline bool __any_sync(unsigned, bool value) {
   const auto all = emulator::exchange("vote.any", value);
   return std::any_of(all.begin(), all.end(), [](bool x) { return x; });
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto all = emulator::exchange("vote.ballot", value);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) lanes |= unsigned{all[lane]} << lane;
+  return lanes;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline void __syncwarp() {
   const void* warp = &emulator::cta().warps[threadIdx.x / 32];
   emulator::release(warp);

@@ -65,7 +65,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
                  std::optional<Ints> cu_seqlens_q, int window_left, int window_right, float scale,
                  int rows, int num_units, int items_per_team, int team_size, bool clustered,
                  int slack_tiles, bool batch_invariant, bool head_pairs, bool tma, int stages,
-                 bool wgmma, int seed) {
+                 bool wgmma, bool lean, int seed) {
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
@@ -118,7 +118,8 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   }
   problem.rows_per_item = rows;
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
-  p.layout = {num_units, items_per_team, team_size, num_units, slack_tiles};
+  const int slots = num_units / team_size;
+  p.layout = {num_units, items_per_team, team_size, slots, slack_tiles, slots};
   p.is_clustered = clustered;
   p.is_uniform = !cache_seqlens && !ragged;
   if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);
@@ -173,18 +174,37 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
       return CacheMaps{make_map(cache, heads, 1 << box_log2),
                        make_map(cache, heads, 1 << maps.rows_box_rows_log2)};
     };
-    maps.k = make_maps(k);
-    maps.v = make_maps(v);
+    maps.cache[0] = make_maps(k);
+    maps.cache[1] = make_maps(v);
   }
   const int fold_levels = batch_invariant ? 1 : 0;
   const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
   bool found = false;
-  const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = Float16>() {
+  const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = Float16,
+                        class Features = AllFeatures>() {
     const bool of_float8 = std::is_same_v<CacheElement, Float8>;
     if (padded != kHeadDim || rows != kRows || kind != kKind || float8 != of_float8) return;
-    launch<DecodeTraits<kHeadDim, kRows, kKind, CacheElement>>(p, maps, stages, fold_levels, seed);
+    launch<DecodeTraits<kHeadDim, kRows, kKind, CacheElement, Features>>(p, maps, stages,
+                                                                         fold_levels, seed);
     found = true;
   };
+  const auto with_lean =
+      [&]<int kHeadDim, int kRows, class CacheElement, bool kBFloat16, bool kPaged>() {
+        if (bf16 != kBFloat16 || block_table.has_value() != kPaged) return;
+        with.template
+        operator()<kHeadDim, kRows, Kind::kMma, CacheElement, LeanFeatures<kBFloat16, kPaged>>();
+      };
+  if (lean) {
+    if (!has_plain_items(problem)) throw std::invalid_argument("no plain items");
+    with_lean.template operator()<64, 8, Float16, false, false>();
+    with_lean.template operator()<128, 8, Float16, false, false>();
+    with_lean.template operator()<128, 8, Float16, false, true>();
+    with_lean.template operator()<128, 16, Float16, true, false>();
+    with_lean.template operator()<256, 8, Float16, false, false>();
+    with_lean.template operator()<128, 8, Float8, true, true>();
+    if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
+    return py::make_tuple(out, lse);
+  }
   with.template operator()<64, 8, Kind::kMma>();
   with.template operator()<64, 16, Kind::kMma>();
   with.template operator()<128, 8, Kind::kMma>();
@@ -226,5 +246,5 @@ PYBIND11_MODULE(emulated_kernel, m) {
         py::arg("rows"), py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
         py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"),
         py::arg("head_pairs") = false, py::arg("tma"), py::arg("stages"), py::arg("wgmma"),
-        py::arg("seed"));
+        py::arg("lean") = false, py::arg("seed"));
 }

@@ -61,7 +61,8 @@ def build_emulated_gpu(folder):
     product = [f"-D{name}=emulated_{name}" for name in replaced]
     product += ["-include", str(EMULATOR / "gpu.h"), "-x", "c++"]
     link = [*users, "-shared", f"-L{torch_path / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    sources = [EMULATOR / "gpu.cpp", *(p for p in CSRC.rglob("*.cpp") if CSRC / "cutlass" not in p.parents)]
+    sources = [EMULATOR / "gpu.cpp", *CSRC.glob("*.cpp")]
+    sources += [p for folder in ("binding", "plan", "cpu") for p in CSRC.glob(f"{folder}/*.cpp")]
     sources += [p for p in CSRC.glob("cuda/**/*.cu") if p.name != "read_floor.cu"]
     sources.sort(key=lambda path: "instantiate" not in path.parts)  # the longest to compile first
     library = library_path("leanattn_gpu", folder, [options, product, link], EMULATOR, sources)

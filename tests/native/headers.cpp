@@ -1,6 +1,7 @@
 // The headers that the kernels include, as a Python module for the tests: schedule, softmax state
 // and mask, function by function, with nothing computed here.
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -9,11 +10,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "plan/cost_model.h"
 #include "core/fast_divisor.h"
 #include "core/params.h"
-#include "plan/schedule_host.h"
 #include "core/tree_fold.h"
+#include "plan/cost_model.h"
+#include "plan/schedule_host.h"
 #include "plan/workspace.h"
 
 namespace py = pybind11;
@@ -59,6 +60,8 @@ Row row_of(const Problem& problem, const Shares& shares, const Segment& s, int u
   const Participants units = participants(shares, s);
   DecodeParams params{};
   params.problem = problem;
+  if (!s.is_whole() && own_slot(shares, s, unit) != units.slot(unit))
+    throw std::logic_error("own_slot");
   Row row{};
   row.unit = unit;
   row.seq = s.seq;
@@ -91,12 +94,29 @@ py::array_t<Row> to_numpy(const std::vector<Row>& rows) {
   return py::array_t<Row>(static_cast<py::ssize_t>(rows.size()), rows.data());
 }
 
-void append(std::vector<Row>& rows, SegmentWalker walker, const Problem& problem,
+template <bool kPlain>
+void append(std::vector<Row>& rows, Walker<kPlain> walker, const Problem& problem,
             const Shares& shares, int unit) {
   Segment segment;
   while (walker.next(segment)) rows.push_back(row_of(problem, shares, segment, unit));
   for (int again = 0; again < 3; ++again) {
     if (walker.next(segment)) throw std::logic_error("a walk that was done went on");
+  }
+}
+
+// The same by both walkers, of which the plain one must say what the other says, where it can be had.
+// make_walker.operator()<kPlain>() gives them.
+template <class MakeWalker>
+void append_walk(std::vector<Row>& rows, const MakeWalker& make_walker, const Problem& problem,
+                 const Shares& shares, int unit) {
+  const size_t before = rows.size();
+  append(rows, make_walker.template operator()<false>(), problem, shares, unit);
+  if (!has_plain_items(problem)) return;
+  std::vector<Row> plain;
+  append(plain, make_walker.template operator()<true>(), problem, shares, unit);
+  if (plain.size() != rows.size() - before ||
+      std::memcmp(plain.data(), rows.data() + before, plain.size() * sizeof(Row)) != 0) {
+    throw std::logic_error("the plain walk is another");
   }
 }
 
@@ -115,20 +135,30 @@ py::array_t<Row> walk(const Problem& problem, const HostLine& line, int unit) {
   return to_numpy(rows);
 }
 
-// The segments of a unit, from any place at or before its share.
+// The segments of a unit, from where the sequence begins that holds its first tile.
 py::array_t<Row> walk_from(const Problem& problem, const Shares& shares, int unit, int seq,
                            int query_begin, int line) {
   std::vector<Row> rows;
-  append(rows, SegmentWalker(problem, shares, unit, {seq, query_begin, line}), problem, shares,
-         unit);
+  const Sequence sequence = load_sequence(problem, seq, query_begin);
+  append_walk(
+      rows,
+      [&]<bool kPlain>() {
+        return Walker<kPlain>(problem, shares, unit, {seq, query_begin, line}, sequence);
+      },
+      problem, shares, unit);
   return to_numpy(rows);
 }
 
 // The same from the place that a uniform batch's division finds, by the host's prepared item.
 py::array_t<Row> walk_uniform(const Problem& problem, const UniformLine& line, int unit) {
   std::vector<Row> rows;
-  append(rows, SegmentWalker(problem, line.shares, unit, line.start(unit), line), problem,
-         line.shares, unit);
+  append_walk(
+      rows,
+      [&]<bool kPlain>() {
+        const Sequence sequence = load_sequence<kPlain>(problem, 0, 0);
+        return Walker<kPlain>(problem, line.shares, unit, line.start(unit), sequence, line);
+      },
+      problem, line.shares, unit);
   return to_numpy(rows);
 }
 
@@ -138,10 +168,16 @@ py::array_t<Row> walk_teams(const Problem& problem, const Layout& layout, bool u
   UniformLine line{};
   if (uniform) line = make_uniform_line(problem, layout.num_units);
   for (int unit = 0; unit < layout.num_units; ++unit) {
-    SegmentWalker walker(problem, layout, unit, line);
+    SegmentWalker walker(problem, layout, unit, load_team_sequence(problem, layout, unit), line);
     // A unit alone takes whole items and has no shares; row_of divides by what it is given.
     const Shares shares = layout.team_size == 1 ? make_shares(1, 1, unit) : walker.shares();
-    append(rows, walker, problem, shares, unit);
+    append_walk(
+        rows,
+        [&]<bool kPlain>() {
+          const Sequence sequence = load_team_sequence<kPlain>(problem, layout, unit);
+          return Walker<kPlain>(problem, layout, unit, sequence, line);
+        },
+        problem, shares, unit);
   }
   return to_numpy(rows);
 }
@@ -223,8 +259,7 @@ PYBIND11_MODULE(headers, m) {
       .def("sequence", &HostLine::sequence);
   py::class_<UniformLine>(m, "UniformLine")
       .def(py::init(&make_uniform_line))
-      .def_readonly("shares", &UniformLine::shares)
-      .def_readonly("any_empty", &UniformLine::any_empty);
+      .def_readonly("shares", &UniformLine::shares);
   m.def("divide", [](int n, int divisor) {
     const FastDivisor d(divisor);
     return py::make_tuple(n / d, n % d);
@@ -239,7 +274,6 @@ PYBIND11_MODULE(headers, m) {
     return py::make_tuple(pair(keys.any), pair(keys.all), keys.alike());
   });
   m.def("num_empty_row_blocks", &num_empty_row_blocks);
-  m.def("has_empty_items", &has_empty_items);
   m.def("tiles_per_head", &tiles_per_head);
   m.def("max_tiles", &max_tiles);
   m.def("make_shares",
@@ -250,10 +284,16 @@ PYBIND11_MODULE(headers, m) {
   m.def("walk_uniform", &walk_uniform);
   m.def("partials_to_merge", &partials_to_merge);
   py::class_<Layout>(m, "Layout")
-      .def(py::init([](int num_units, int items_per_team, int team_size) {
-        return Layout{num_units, items_per_team, team_size, num_units, 0};
-      }))
-      .def_readonly("num_units", &Layout::num_units)
+      .def(py::init([](int num_units, int items_per_team, int team_size, int num_teams) {
+             const int slots = num_units / team_size;
+             return Layout{num_units, items_per_team, team_size, num_teams ? num_teams : slots,
+                           0,         slots};
+           }),
+           py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
+           py::arg("num_teams") = 0)
+      .def_property_readonly("num_units", [](const Layout& l) { return int{l.num_units}; })
+      .def_property_readonly("team_slots", [](const Layout& l) { return int{l.team_slots}; })
+      .def_readonly("num_teams", &Layout::num_teams)
       .def_readonly("items_per_team", &Layout::items_per_team)
       .def_property_readonly("team_size", [](const Layout& l) { return int{l.team_size}; })
       .def_readonly("slack_tiles", &Layout::slack_tiles);

@@ -84,7 +84,8 @@ PYBIND11_MODULE(planner, m) {
                              [](const DecodeParams& p) { return int{p.problem.row_blocks}; })
       .def_property_readonly("num_heads_kv",
                              [](const DecodeParams& p) { return int{p.problem.num_heads_kv}; })
-      .def_property_readonly("num_units", [](const DecodeParams& p) { return p.layout.num_units; })
+      .def_property_readonly("num_units",
+                             [](const DecodeParams& p) { return int{p.layout.num_units}; })
       .def_property_readonly("team_size",
                              [](const DecodeParams& p) { return int{p.layout.team_size}; })
       .def_property_readonly("items_per_team",

@@ -44,7 +44,7 @@ template <class Traits>
 class CacheFragments {
  public:
   __device__ __forceinline__ explicit CacheFragments(const DecodeParams& params)
-      : e5m2_(params.cache_type == CacheType::kFloat8E5M2) {}
+      : e5m2_(is_e5m2<Traits>(params)) {}
 
   // K [16 tokens from `row` of the stage on, 32 of D]: depth steps `depth` and the next.
   __device__ __forceinline__ void load_keys(const uint8_t* k_smem, int row, int depth,

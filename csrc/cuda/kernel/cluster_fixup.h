@@ -29,17 +29,19 @@ __device__ __forceinline__ void store_cluster_partial(typename Traits::SharedSto
 // By all consumer threads of all CTAs of the cluster, whether they had a segment or not. Each CTA
 // merges a part of the rows and dims, in the order of the units.
 template <class Traits>
-__device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int unit, int num_cuts,
+__device__ __forceinline__ void cluster_fix_up(const DecodeParams& params, int unit,
                                                typename Traits::SharedStorage& smem) {
 #if LEANATTN_ARCH >= 900
   auto cluster = cooperative_groups::this_cluster();
   // All partials are there. Warps that are done have left, which counts as arriving.
   cluster.barrier_wait(cluster.barrier_arrive());
-  if (num_cuts > 0) {
+  if (smem.num_cuts > 0) {
     const Segment& segment = smem.cuts[0].segment;
     const Participants& units = smem.cuts[0].units;
     constexpr int kQuads = Traits::kHeadDimV / 4;
-    const int num_quads = item_rows(params.problem, segment.sequence, segment.row_block) * kQuads;
+    const int num_quads =
+        item_rows<Traits::kPlainItems>(params.problem, segment.sequence, segment.row_block) *
+        kQuads;
     const int step = units.count() * Traits::kConsumerThreads;
     for (int i = (unit - units.first) * Traits::kConsumerThreads + threadIdx.x; i < num_quads;
          i += step) {

@@ -1,8 +1,12 @@
-// The kernel, in the order in which things happen. One CTA is one unit: it finds its share, and then
-// the producer warps copy and the consumer warps compute it, segment by segment.
-// Reading order: schedule.h, softmax_state.h, head_pairs.h, traits.h, ring.h, task_queue.h, loaders.h,
-// loaders_paged.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h,
-// fixup.h, cluster_fixup.h, tree_fixup.h.
+// The kernel, in the order in which things happen. One CTA is one unit: its producer finds its share and
+// copies it, segment by segment, and its consumers compute it.
+// Reading order: in core/ schedule.h, segment_walker.h, softmax_state.h, head_pairs.h; here traits.h,
+// locate.h, ring.h, task_queue.h, loaders.h, loaders_paged.h, produce.h, empty_rows.h, scoring.h,
+// cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, output.h, fixup.h,
+// cluster_fixup.h, tree_fixup.h.
+//
+// The start is short on purpose. In a model its code and parameters come cold from memory, a line at a
+// time, and all wait for the producer: so it copies the unit's first K, q and V before it does anything else.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>
@@ -10,10 +14,9 @@
 #include "cluster_fixup.h"
 #include "empty_rows.h"
 #include "fixup.h"
-#include "loaders_paged.h"
 #include "locate.h"
 #include "mainloop.h"
-#include "task_queue.h"
+#include "produce.h"
 #include "tree_fixup.h"
 #include "warp_merge.h"
 
@@ -37,23 +40,40 @@ __device__ __forceinline__ void run_main_loop(const DecodeParams& params,
                                     MainLoop<Traits, Element>>;
     Loop(params, place, smem).run(task, tile_begin, tile_end, ring, state);
   };
+  using Features = typename Traits::Features;
   // float8 is widened to fp16, whatever q is.
-  if (!Traits::kFloat8 && params.element_type == ElementType::kBFloat16) {
+  if constexpr (Traits::kFloat8 || !Features::kBFloat16) {
+    run.template operator()<__half>();
+  } else if constexpr (!Features::kFloat16) {
+    run.template operator()<__nv_bfloat16>();
+  } else if (is_bfloat16<Traits>(params)) {
     run.template operator()<__nv_bfloat16>();
   } else {
     run.template operator()<__half>();
   }
 }
 
+// The next task, its q ready for the products; null when the share is done.
+template <class Traits>
+__device__ __forceinline__ const typename Traits::Task* next_task(const DecodeParams& params,
+                                                                  const TaskQueue<Traits>& tasks) {
+  typename Traits::Task* task = tasks.front();
+  if constexpr (Traits::kFloat8) {
+    if (task) {
+      TaskQueue<Traits>::narrow_queries(params, *task);
+      sync_consumers<Traits>();  // every row is narrow
+    }
+  }
+  return task;
+}
+
 // The consumer warps' whole life: each segment as a whole.
 template <class Traits>
-__device__ __forceinline__ void consume(const DecodeParams& params, const Place& unit_place,
-                                        int unit, Ring<Traits> ring, TaskQueue<Traits> tasks,
+__device__ __forceinline__ void consume(const DecodeParams& params, int unit, Ring<Traits> ring,
+                                        TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   const PlaceOf<Traits> place(threadIdx.x / 32);
-  const bool in_cluster = unit_place.in_teams && params.is_clustered;
-  int num_cuts = 0;
-  while (const auto* task = tasks.front()) {
+  while (const auto* task = next_task(params, tasks)) {
     const Segment& segment = task->segment;
     const bool is_whole = segment.is_whole();
     StateOf<Traits> state;
@@ -64,21 +84,20 @@ __device__ __forceinline__ void consume(const DecodeParams& params, const Place&
         if (has_output<Traits>(params, segment, row, dim)) {
           write_quad<Traits>(params, segment, row, dim, merged);
         }
-      } else if (in_cluster) {
+      } else if (params.is_clustered && smem.in_teams) {
         store_cluster_partial<Traits>(smem, row, dim, merged);
       } else {
-        store_partial<Traits>(params, partial_index(params, task->units, unit, 0), row, dim,
+        store_partial<Traits>(params, partial_index(params, task->partial_slot, 0), row, dim,
                               merged);
       }
     };
     merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, finish);
-    if (!is_whole) note_cut<Traits>(*task, smem, num_cuts);
     tasks.pop();
   }
-  if (in_cluster) {
-    cluster_fix_up<Traits>(params, unit, num_cuts, smem);
+  if (params.is_clustered && smem.in_teams) {
+    cluster_fix_up<Traits>(params, unit, smem);
   } else {
-    fix_up<Traits>(params, num_cuts, smem, [&](const typename Traits::CutSegment& cut) {
+    fix_up<Traits>(params, smem, [&](const typename Traits::CutSegment& cut) {
       merge_partials<Traits>(params, cut.segment, cut.units);
     });
   }
@@ -92,11 +111,10 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
                                                 typename Traits::SharedStorage& smem) {
   const PlaceOf<Traits> place(threadIdx.x / 32);
   const FoldMemory<Traits> fold = fold_memory<Traits>(params, unit, room, smem);
-  int num_cuts = 0;
-  while (const auto* task = tasks.front()) {
+  while (const auto* task = next_task(params, tasks)) {
     const Segment& segment = task->segment;
     const TileRange item = segment.item;
-    const auto partial = [&](int node) { return partial_index(params, task->units, unit, node); };
+    const auto partial = [&](int node) { return partial_index(params, task->partial_slot, node); };
     int num_partials = 0;
     for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
       StateOf<Traits> state;
@@ -130,126 +148,120 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
                                });
         });
       }
-      note_cut<Traits>(*task, smem, num_cuts);
     }
     tasks.pop();
   }
-  fix_up<Traits>(params, num_cuts, smem, [&](const typename Traits::CutSegment& cut) {
+  fix_up<Traits>(params, smem, [&](const typename Traits::CutSegment& cut) {
     fold_partials<Traits>(params, cut.segment, cut.units, cut.shares, fold);
   });
 }
 
-// The whole life of a producer warp by bulk copies, which is the first one.
+// The whole life of the producer and of the helper, who by cp.async share the copying.
 template <class Traits>
-__device__ __forceinline__ void produce_share(const DecodeParams& params, const TensorMaps& maps,
-                                              const Place& place, int unit,
-                                              const Ring<Traits>& ring,
-                                              typename Traits::SharedStorage& smem) {
-  const SegmentWalker walker = make_walker(params, place, unit);
-  const PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), smem.page_ids[0]);
-  const EitherLoader loader(params, TmaLoader<Traits>{}, PagedTmaLoader<Traits>(maps, pages));
-  produce(params, maps, walker, loader, ring);
-  ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
+__device__ __forceinline__ void bring_share(const DecodeParams& params, const TensorMaps& maps,
+                                            bool is_producer, Ring<Traits> ring,
+                                            TaskQueue<Traits> tasks,
+                                            typename Traits::SharedStorage& smem) {
+  constexpr bool kHasCpAsync = !Traits::Features::kFixedLoader || LEANATTN_ARCH < 900;
+  const bool by_tma = uses_tma<Traits>(maps);
+  const int arrivals = by_tma ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals;
+  // elect_one_sync, because ptxas then knows that it is one lane: it has a loop over lanes otherwise.
+  if (is_producer && cute::elect_one_sync()) {
+    ring.init_first(arrivals);
+    tasks.init_first();
+#if LEANATTN_ARCH >= 900
+    cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
+#endif
+  }
+  __syncwarp();  // all are initialised before another lane copies or arrives
+  const auto set_up = [&] {
+    if (cute::elect_one_sync()) {
+      ring.init_rest(arrivals);
+      tasks.init_rest();
+#if LEANATTN_ARCH >= 900
+      cutlass::arch::fence_barrier_init();
+#endif
+    }
+    __syncwarp();
+    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+  };
+  // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
+  // anything that this one reads, and what this one writes it may still read.
+  ptx::wait_for_previous_kernel();
+  const auto walker = locate<Traits>(params, blockIdx.x, smem);
+  if (is_producer && cute::elect_one_sync()) smem.in_teams = walker.in_team();
+  if (by_tma) {
+    PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), true, smem.page_ids[0]);
+    EitherLoader<Traits, TmaLoader<Traits>, PagedTmaLoader<Traits>> loader(
+        params, {}, PagedTmaLoader<Traits>(maps, pages));
+    produce<Traits>(params, maps, walker, loader, ring, tasks, true, set_up);
+  } else if constexpr (kHasCpAsync) {
+    if (is_producer) {
+      set_up();  // before the first copy, since the helper copies too
+    } else {
+      ptx::bar_sync(kSetupBarrier, Traits::kThreads);
+    }
+    const KeyRange part = half_tile<Traits>(!is_producer);
+    PageQueue<Traits> pages(params, walker, part, false, smem.page_ids[!is_producer]);
+    EitherLoader<Traits, CpAsyncLoader<Traits>, PagedCpAsyncLoader<Traits>> loader(
+        params, {part}, PagedCpAsyncLoader<Traits>(pages));
+    produce<Traits>(params, maps, walker, loader, ring, tasks, is_producer, [] {});
+    cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
+  }
 }
 
-// The same of each of the two by cp.async: a half of every tile.
-template <class Traits>
-__device__ __forceinline__ void produce_half_share(const DecodeParams& params,
-                                                   const TensorMaps& maps, const Place& place,
-                                                   int unit, bool second, const Ring<Traits>& ring,
-                                                   typename Traits::SharedStorage& smem) {
-  const SegmentWalker walker = make_walker(params, place, unit);
-  const KeyRange part = half_tile<Traits>(second);
-  const PageQueue<Traits> pages(params, walker, part, smem.page_ids[second]);
-  const EitherLoader loader(params, CpAsyncLoader<Traits>{part}, PagedCpAsyncLoader<Traits>(pages));
-  produce(params, maps, walker, loader, ring);
-  cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
-  ptx::let_next_kernel_launch();
+// The helper where the producer needs no help to copy.
+__device__ __forceinline__ void fetch_descriptors(const TensorMaps& maps) {
+#if LEANATTN_ARCH >= 900
+  if (cute::elect_one_sync()) {
+    for (const CacheMaps& cache : maps.cache) {
+      cute::prefetch_tma_descriptor(&cache.tile);
+      cute::prefetch_tma_descriptor(&cache.rows);
+    }
+  }
+  __syncwarp();
+#endif
 }
 
 // A CTA's whole life.
 template <class Traits>
 __device__ __forceinline__ void decode_share(const DecodeParams& params, const TensorMaps& maps,
                                              const RoomPlan& room) {
-  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(ptx::dynamic_smem());
+  auto& smem =
+      *ptx::pin_smem(reinterpret_cast<typename Traits::SharedStorage*>(ptx::dynamic_smem()));
   const int warp = threadIdx.x / 32;
-
-  Ring<Traits> ring(smem, room.num_stages, maps.usable);
-  TaskQueue<Traits> tasks(smem);
-  // elect_one_sync, because ptxas then knows that it is one lane: it has a loop over lanes otherwise.
-  if (warp == Traits::kProducerWarp) {
-    if (cute::elect_one_sync()) {
-      ring.init(maps.usable ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals);
-#if LEANATTN_ARCH >= 900
-      cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
-      if (maps.usable) {
-        for (const CacheMaps* cache : {&maps.k, &maps.v}) {
-          cute::prefetch_tma_descriptor(&cache->tile);
-          cute::prefetch_tma_descriptor(&cache->rows);
-        }
-      }
-#endif
-    }
-    __syncwarp();  // all are initialised before another lane copies or arrives
-  } else if (warp == Traits::kTaskWarp) {
-    if (cute::elect_one_sync()) tasks.init();
-    __syncwarp();  // all are initialised before any lane arrives
+  Ring<Traits> ring(smem, room.num_stages, uses_tma<Traits>(maps));
+  TaskQueue<Traits> tasks(smem, uses_tma<Traits>(maps));
+  if (needs_all_threads(params)) {
+    ptx::wait_for_previous_kernel();
+    locate_by_all<Traits>(params, smem);
   }
-  // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
-  // anything that this one reads, and what this one writes it may still read.
-  ptx::wait_for_previous_kernel();
-  const int unit = blockIdx.x;
-  const Place place = locate<Traits>(params, unit, smem);
-
-  // The others wait for the barriers' initialisation; those who did it do not wait for them.
-  const bool second = warp == Traits::kSecondProducerWarp;
-  const auto be_producer = [&] {
-    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
-    produce_share(params, maps, place, unit, ring, smem);
-  };
-  const auto be_half_producer = [&] {
-    ptx::bar_sync(kSetupBarrier, Traits::kThreads);
-    produce_half_share(params, maps, place, unit, second, ring, smem);
-  };
-  const auto be_task_warp = [&] {
-    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
-    SegmentWalker walker = make_walker(params, place, unit);
-    for (Segment segment; walker.next(segment);) tasks.push(params, walker.shares(), segment);
-    tasks.close();
-  };
-  const auto be_consumer = [&] {
+  if (warp < Traits::kConsumerWarps) {
+    if constexpr (Traits::kMovesRegisters) {
+      cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+    }
+    tasks.clear_columns(params.head_dim);
     ptx::bar_sync(kSetupBarrier, Traits::kThreads);
     if constexpr (Traits::kTree) {
-      consume_in_tree<Traits>(params, unit, room, ring, tasks, smem);
+      consume_in_tree<Traits>(params, blockIdx.x, room, ring, tasks, smem);
     } else {
-      consume<Traits>(params, place, unit, ring, tasks, smem);
+      consume<Traits>(params, blockIdx.x, ring, tasks, smem);
     }
-  };
-
+    return;
+  }
   if constexpr (Traits::kMovesRegisters) {
-    write_empty_rows<Traits>(params, place, smem);  // now, while all have as many registers
-    if (warp < Traits::kConsumerWarps) {
-      cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
-      be_consumer();
-      return;
-    }
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
   }
-  // One way of copying a branch: with both in one, ptxas no longer sees that all lanes take it, and puts
-  // code for lanes that do not around every copy.
-  const bool first = warp == Traits::kProducerWarp;
-  if (first && maps.usable) {
-    be_producer();
-  } else if ((first || second) && !maps.usable) {
-    be_half_producer();
-  } else if (warp == Traits::kTaskWarp) {
-    be_task_warp();
-  } else if (warp >= Traits::kConsumerWarps) {
+  const bool is_producer = warp == Traits::kProducerWarp;
+  if (is_producer || (warp == Traits::kHelperWarp && !uses_tma<Traits>(maps))) {
+    bring_share<Traits>(params, maps, is_producer, ring, tasks, smem);
+  } else {
+    if (warp == Traits::kHelperWarp) fetch_descriptors(maps);
     ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
-  } else if constexpr (!Traits::kMovesRegisters) {
-    be_consumer();
+    ptx::wait_for_previous_kernel();
   }
-  if constexpr (!Traits::kMovesRegisters) write_empty_rows<Traits>(params, place, smem);
+  if (warp == Traits::kHelperWarp) write_empty_rows<Traits>(params);
+  ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
 }
 
 template <class Traits>

@@ -19,7 +19,8 @@ namespace leanattn {
 template <class Traits>
 __device__ __forceinline__ unsigned* counter_of(const DecodeParams& params,
                                                 const typename Traits::CutSegment& cut) {
-  int32_t* counter = params.counters + counter_index(params, cut.segment, cut.units.first);
+  int32_t* counter =
+      params.counters + counter_index<Traits::kPlainItems>(params, cut.segment, cut.units.first);
   return reinterpret_cast<unsigned*>(counter);
 }
 
@@ -43,14 +44,6 @@ __device__ __forceinline__ QuadState load_partial(const DecodeParams& params, in
       reinterpret_cast<const float4*>(params.partial_o + slot_row * params.head_dim_v + dim));
   const float2 stats = __ldcg(reinterpret_cast<const float2*>(params.partial_stats + slot_row * 2));
   return make_quad_state(stats, o);
-}
-
-// By all consumer threads: remembers the segment for the end of the share.
-template <class Traits>
-__device__ __forceinline__ void note_cut(const typename Traits::Task& task,
-                                         typename Traits::SharedStorage& smem, int& num_cuts) {
-  if (threadIdx.x == 0) smem.cuts[num_cuts] = {task.segment, task.units, task.shares, false};
-  ++num_cuts;
 }
 
 // By all consumer threads, after their stores: draws a ticket for each of the unit's cut segments. The
@@ -83,7 +76,8 @@ template <class Traits>
 __device__ __forceinline__ void merge_partials(const DecodeParams& params, const Segment& segment,
                                                const Participants& units) {
   constexpr int kInFlight = 8;  // partials that a thread loads at once
-  const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
+  const int rows =
+      item_rows<Traits::kPlainItems>(params.problem, segment.sequence, segment.row_block);
   for_each_quad<Traits>(0, rows, params.head_dim_v, [&](int row, int dim) {
     if (!has_output<Traits>(params, segment, row, dim)) return;
     QuadState merged;
@@ -93,7 +87,8 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
       for (int i = 0; i < kInFlight; ++i) {
         const int unit = first + i;
         if (unit <= units.last) {
-          batch[i] = load_partial<Traits>(params, partial_index(params, units, unit, 0), row, dim);
+          batch[i] =
+              load_partial<Traits>(params, partial_index(params, units.slot(unit), 0), row, dim);
         }
       }
       merged.merge(batch);
@@ -105,8 +100,9 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& params, const
 // By all consumer threads, when the share is done. merge(cut) is called for each cut segment whose item
 // is complete.
 template <class Traits, class Merge>
-__device__ __forceinline__ void fix_up(const DecodeParams& params, int num_cuts,
+__device__ __forceinline__ void fix_up(const DecodeParams& params,
                                        typename Traits::SharedStorage& smem, const Merge& merge) {
+  const int num_cuts = smem.num_cuts;
   if (num_cuts == 0) return;
   draw_tickets<Traits>(params, num_cuts, smem);
   for (int cut = 0; cut < num_cuts; ++cut) {

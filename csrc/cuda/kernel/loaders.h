@@ -29,8 +29,7 @@ constexpr int kBoxRowsLog2 = 5;
 constexpr int kMinBoxRowsLog2 = 3;  // the swizzle's pattern has 8 rows
 
 struct TensorMaps {
-  CacheMaps k;
-  CacheMaps v;
+  CacheMaps cache[2];  // of K and of V
   bool usable;
   int tile_box_rows_log2;  // of both caches' `tile` maps
   int rows_box_rows_log2;  // of both caches' `rows` maps
@@ -169,38 +168,18 @@ struct CpAsyncLoader {
   }
 };
 
-// Every segment of the unit, K and V of every tile, or K alone where V is a part of it.
-template <class Traits, class Loader>
-__device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,
-                                        SegmentWalker walker, Loader loader, Ring<Traits> ring) {
+// K of the call, or V: 0 or 1.
+template <class Traits>
+__device__ __forceinline__ CacheView<typename Traits::CacheElement> view_cache(
+    const DecodeParams& params, const TensorMaps& maps, int which) {
   using Element = typename Traits::CacheElement;
-  const CacheView<Element> k{&maps.k,
-                             static_cast<const Element*>(params.k),
-                             params.k_batch_stride,
-                             params.k_seq_stride,
-                             params.k_head_stride,
-                             params.head_dim};
-  const CacheView<Element> v{&maps.v,
-                             static_cast<const Element*>(params.v),
-                             params.v_batch_stride,
-                             params.v_seq_stride,
-                             params.v_head_stride,
-                             params.head_dim_v};
-  Segment segment;
-  while (walker.next(segment)) {
-    for (int tile = segment.tile_begin; tile < segment.tile_end; ++tile) {
-      const int tile_token = tile * Traits::kTile;
-      loader.begin_tile(segment, tile_token);
-      ring.wait_empty();
-      loader.load(k, segment, tile_token, ring);
-      ring.advance();
-      if (!values_in_keys<Traits>(params)) {
-        ring.wait_empty();
-        loader.load(v, segment, tile_token, ring);
-        ring.advance();
-      }
-    }
-  }
+  const bool is_k = which == 0;
+  return {&maps.cache[which],
+          static_cast<const Element*>(is_k ? params.k : params.v),
+          is_k ? params.k_batch_stride : params.v_batch_stride,
+          is_k ? params.k_seq_stride : params.v_seq_stride,
+          is_k ? params.k_head_stride : params.v_head_stride,
+          is_k ? params.head_dim : params.head_dim_v};
 }
 
 }  // namespace leanattn

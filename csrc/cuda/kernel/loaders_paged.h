@@ -15,9 +15,17 @@ class PageQueue {
   using Slot = int32_t[Traits::kTile / 2];
 
   // `walker`: of the share's start. A whole tile as `part` is for pages of 8 tokens or more alone.
-  __device__ __forceinline__ PageQueue(const DecodeParams& params, const SegmentWalker& walker,
-                                       KeyRange part, Slot (&slots_smem)[Traits::kPageSlots])
-      : params_(params), walker_(walker), part_(part), slots_smem_(slots_smem) {
+  // `first_alone`: the first tile does not wait until those of all slots have been asked for; for copies
+  // that are not counted among these.
+  __device__ __forceinline__ PageQueue(const DecodeParams& params,
+                                       const Walker<Traits::kPlainItems>& walker, KeyRange part,
+                                       bool first_alone, Slot (&slots_smem)[Traits::kPageSlots])
+      : params_(params),
+        walker_(walker),
+        part_(part),
+        slots_smem_(slots_smem),
+        is_alone_(first_alone),
+        free_slots_(first_alone ? 1 : Traits::kPageSlots) {
     segment_.tile_end = 0;
   }
 
@@ -28,6 +36,12 @@ class PageQueue {
 #pragma unroll 1
     for (; free_slots_ > 0; --free_slots_) fetch();
     free_slots_ = 1;
+    if (is_alone_) {
+      is_alone_ = false;
+      free_slots_ = Traits::kPageSlots;  // those of the others, and this one when it is done
+      cute::cp_async_wait<0>();
+    }
+    slot_ = (slot_ + 1) % Traits::kPageSlots;
     // One group a tile: all but the newest kPageSlots - 1 must land. With the entries of this tile
     // those are copies of K and V of tiles at least kPageSlots ago, which the ring has let go of.
     static_assert((Traits::kWide ? 1 : 2) * Traits::kPageSlots >= Traits::kMaxStages);
@@ -49,7 +63,7 @@ class PageQueue {
   }
 
  private:
-  // Fills the current slot with the entries of the tile in front, and goes on to the next slot.
+  // Fills the next slot with the entries of the tile in front.
   __device__ __forceinline__ void fetch() {
     if (tile_ == segment_.tile_end && walker_.next(segment_)) tile_ = segment_.tile_begin;
     if (tile_ < segment_.tile_end) {
@@ -60,22 +74,25 @@ class PageQueue {
 #pragma unroll 1
       for (int index = first + static_cast<int>(threadIdx.x % 32); index <= last; index += 32) {
         cute::SM80_CP_ASYNC_CACHEALWAYS<int32_t>::copy(
-            *block_table_entry(params_, segment_.seq, index), slots_smem_[slot_][index - first]);
+            *block_table_entry(params_, segment_.seq, index),
+            slots_smem_[next_slot_][index - first]);
       }
       ++tile_;
     }
     cute::cp_async_fence();  // an empty group beyond the last tile: begin_tile counts them
-    slot_ = (slot_ + 1) % Traits::kPageSlots;
+    next_slot_ = (next_slot_ + 1) % Traits::kPageSlots;
   }
 
   const DecodeParams& params_;
-  SegmentWalker walker_;
+  Walker<Traits::kPlainItems> walker_;
   KeyRange part_;
   Slot (&slots_smem_)[Traits::kPageSlots];
   Segment segment_;  // of the tile to fetch for
   int tile_ = 0;     // the tile to fetch for
-  int free_slots_ = Traits::kPageSlots;
-  int slot_ = 0;        // of the current tile; where the tile kPageSlots after it will go
+  bool is_alone_;
+  int free_slots_;
+  int next_slot_ = 0;   // to fetch into
+  int slot_ = -1;       // of the current tile
   int first_page_ = 0;  // of the sequence, in the slot
 };
 
@@ -174,12 +191,12 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
 };
 
 // One of the two, as the call wants: the share is walked by the same code.
-template <class Contiguous, class Paged>
+template <class Traits, class Contiguous, class Paged>
 class EitherLoader {
  public:
   __device__ __forceinline__ EitherLoader(const DecodeParams& params, const Contiguous& contiguous,
                                           const Paged& paged)
-      : is_paged_(params.block_table), contiguous_(contiguous), paged_(paged) {}
+      : is_paged_(is_paged<Traits>(params)), contiguous_(contiguous), paged_(paged) {}
 
   __device__ __forceinline__ void begin_tile(const Segment& segment, int tile_token) {
     if (is_paged_) paged_.begin_tile(segment, tile_token);

@@ -1,165 +1,242 @@
-// Finds a unit's place on the line: a prefix sum over the lengths, by the whole CTA. Each thread
-// takes a stripe of neighbouring sequences, so any batch size goes the same way.
+// Finds a unit's place: by what the host prepared where the sequences are alike, else by a prefix sum over
+// the lengths. Up to kWarpSequences sequences are one warp's, the producer's, without a barrier and with
+// all lengths asked for at once; larger batches are shared out among all threads of the CTA. Each takes a
+// stripe of neighbouring sequences.
 #pragma once
 
 #include "core/segment_walker.h"
+#include "ptx.h"
 #include "traits.h"
 
 namespace leanattn {
 
+constexpr int kWarpStripe = 8;
+constexpr int kWarpSequences = 32 * kWarpStripe;
+
 struct Sum {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return a + b;
-  }
+  __device__ __forceinline__ int operator()(int a, int b) const { return a + b; }
 };
-
 struct Max {
-  template <class T>
-  __device__ __forceinline__ T operator()(T a, T b) const {
-    return max_of(a, b);
+  __device__ __forceinline__ int operator()(int a, int b) const { return max_of(a, b); }
+};
+
+// Those who look together. scan(): exclusive, from `identity`, over all of them; and the total.
+struct WarpGroup {
+  static constexpr int kThreads = 32;
+
+  __device__ __forceinline__ int index() const { return threadIdx.x % 32; }
+
+  template <class Op>
+  __device__ __forceinline__ int scan(int value, int identity, Op op, int& total) const {
+    int inclusive = value;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int other = __shfl_up_sync(~0u, inclusive, distance);
+      if (index() >= distance) inclusive = op(other, inclusive);
+    }
+    total = __shfl_sync(~0u, inclusive, 31);
+    const int before = __shfl_up_sync(~0u, inclusive, 1);
+    return index() == 0 ? identity : before;
+  }
+
+  __device__ __forceinline__ int largest(int value) const {
+    for (int distance = 1; distance < 32; distance *= 2) {
+      value = max_of(value, __shfl_xor_sync(~0u, value, distance));
+    }
+    return value;
+  }
+
+  // What the one who has it found, for all.
+  __device__ __forceinline__ void share(bool found, Position& position, Sequence& sequence) const {
+    const unsigned lanes = __ballot_sync(~0u, found);
+    if (lanes == 0) return;
+    const int lane = __ffs(static_cast<int>(lanes)) - 1;
+    position.seq = __shfl_sync(~0u, position.seq, lane);
+    position.query_begin = __shfl_sync(~0u, position.query_begin, lane);
+    position.line = __shfl_sync(~0u, position.line, lane);
+    sequence.length = __shfl_sync(~0u, sequence.length, lane);
+    sequence.query_begin = __shfl_sync(~0u, sequence.query_begin, lane);
+    sequence.num_queries = __shfl_sync(~0u, sequence.num_queries, lane);
   }
 };
 
-// Exclusive scan over the threads of the CTA, from `identity`; total over all of them.
-template <int kThreads, class T, class Op>
-__device__ __forceinline__ T exclusive_scan(T value, T identity, Op op, T* warps_smem, T& total) {
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  T inclusive = value;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const T other = __shfl_up_sync(~0u, inclusive, distance);
-    if (lane >= distance) inclusive = op(other, inclusive);
-  }
-  if (lane == 31) warps_smem[warp] = inclusive;
-  __syncthreads();  // the warps' totals are there
-  T before = identity;
-  total = identity;
-  for (int w = 0; w < kThreads / 32; ++w) {
-    if (w == warp) before = total;
-    total = op(total, warps_smem[w]);
-  }
-  const T previous = __shfl_up_sync(~0u, inclusive, 1);
-  return lane == 0 ? before : op(before, previous);
-}
+template <class Traits>
+struct CtaGroup {
+  static constexpr int kThreads = Traits::kThreads;
 
-struct Place {
-  bool in_teams;   // the layout has teams and the items are alike enough for them
-  Shares shares;   // of stream-K
-  Position start;  // of the sequence in which this unit's share begins
-  int query_end;   // where the last sequence's queries end
-  bool any_empty;  // some sequence may have rows that see no key
+  typename Traits::SharedStorage& smem;
+
+  __device__ __forceinline__ int index() const { return threadIdx.x; }
+
+  template <class Op>
+  __device__ __forceinline__ int scan(int value, int identity, Op op, int& total) const {
+    int of_warp;
+    const int before_in_warp = WarpGroup{}.scan(value, identity, op, of_warp);
+    __syncthreads();  // the scan before has been read
+    if (threadIdx.x % 32 == 0) smem.scan[threadIdx.x / 32] = of_warp;
+    __syncthreads();  // the warps' totals are there
+    int before = identity;
+    total = identity;
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp == static_cast<int>(threadIdx.x) / 32) before = total;
+      total = op(total, smem.scan[warp]);
+    }
+    return op(before, before_in_warp);
+  }
+
+  __device__ __forceinline__ int largest(int value) const {
+    int all;
+    scan(value, 0, Max{}, all);
+    return all;
+  }
+
+  __device__ __forceinline__ void share(bool found, Position& position, Sequence& sequence) const {
+    if (found) {
+      smem.place.start = position;
+      smem.place.sequence = sequence;
+    }
+    __syncthreads();  // it is there
+    position = smem.place.start;
+    sequence = smem.place.sequence;
+  }
 };
 
-__device__ __forceinline__ SegmentWalker make_walker(const DecodeParams& params, const Place& place,
-                                                     int unit) {
-  if (place.in_teams) return SegmentWalker(params.problem, params.layout, unit, params.uniform);
-  return SegmentWalker(params.problem, place.shares, unit, place.start, params.uniform);
+// Whether teams can be told from the host's knowledge alone: one sequence is like itself.
+__device__ __forceinline__ bool has_teams_for_sure(const DecodeParams& params) {
+  return has_teams(params.layout) && (params.is_uniform || params.problem.batch == 1);
 }
 
-// Sequences a thread.
-template <class Traits>
-__device__ __forceinline__ int stripe_length(const Problem& problem) {
-  return (problem.batch - 1) / Traits::kThreads + 1;  // there is at least one sequence
+// Whether the whole CTA is needed to find its units' places.
+__device__ __forceinline__ bool needs_all_threads(const DecodeParams& params) {
+  return params.problem.batch > kWarpSequences && !params.is_uniform;
 }
 
-// Any sequence, after locate.
-template <class Traits>
-__device__ __forceinline__ Sequence find_sequence(const Problem& problem, int seq,
-                                                  const typename Traits::SharedStorage& smem) {
-  if (!problem.cu_seqlens_q) return load_sequence(problem, seq, 0);
-  const int stripe = stripe_length<Traits>(problem);
-  int query_begin = smem.stripe_query_begin[seq / stripe];
-  for (int before = seq / stripe * stripe; before < seq; ++before) {
-    query_begin = next_query_begin(problem, load_sequence(problem, before, query_begin));
-  }
-  return load_sequence(problem, seq, query_begin);
-}
-
-template <class Traits>
-__device__ __forceinline__ Place locate(const DecodeParams& params, int unit,
-                                        typename Traits::SharedStorage& smem) {
+// kStripe: sequences a thread has at most; plain ones are asked for at once. 0: any number.
+template <class Traits, int kStripe, class Group>
+__device__ __forceinline__ Place locate_among(const DecodeParams& params, int unit,
+                                              const Group& group) {
+  constexpr bool kPlain = Traits::kPlainItems;
   const Problem& problem = params.problem;
   const Layout& layout = params.layout;
   Place place;
   place.in_teams = has_teams(layout);
-  place.query_end = 0;
-  if (params.is_uniform) {
-    place.any_empty = params.uniform.any_empty;
-    if (!place.in_teams) {
-      place.shares = params.uniform.shares;
-      place.start = params.uniform.start(unit);
+  // Asked for with all the others, whatever comes of them.
+  if (place.in_teams) place.sequence = load_team_sequence<kPlain>(problem, layout, unit);
+  const int stripe = kStripe == 1 ? 1 : (problem.batch - 1) / Group::kThreads + 1;
+  const int first = min_of(group.index() * stripe, problem.batch);
+  const int last = min_of(first + stripe, problem.batch);
+  // Calls visit(seq, sequence) for the thread's sequences, until it says that it is enough.
+  const auto for_each_sequence = [&](int query_begin, const auto& visit) {
+    if constexpr (kStripe > 0 && kPlain) {
+      int lengths[kStripe];
+#pragma unroll
+      for (int i = 0; i < kStripe; ++i) {
+        const int seq = min_of(first + i, problem.batch - 1);
+        lengths[i] = load_sequence<kPlain>(problem, seq, 0).length;
+      }
+#pragma unroll
+      for (int i = 0; i < kStripe; ++i) {
+        if (first + i < last && visit(first + i, Sequence{lengths[i], 0, 1})) break;
+      }
+    } else {
+#pragma unroll 1
+      for (int seq = first; seq < last; ++seq) {
+        const Sequence sequence = load_sequence<kPlain>(problem, seq, query_begin);
+        if (visit(seq, sequence)) break;
+        query_begin = next_query_begin<kPlain>(problem, sequence);
+      }
     }
-    return place;
-  }
-  if (place.in_teams && problem.batch == 1) {  // one length: the items are alike
-    place.any_empty = true;
-    return place;
-  }
-
-  const int stripe = stripe_length<Traits>(problem);
-  const auto stripe_begin = [&](int thread) {
-    return static_cast<int>(min_of<int64_t>(int64_t{thread} * stripe, problem.batch));
   };
-  const int first = stripe_begin(threadIdx.x);
-  const int last = stripe_begin(threadIdx.x + 1);
 
   // Clamping an entry of cu_seqlens_q to the one before makes a running maximum of it.
   int query_begin = 0;
-  if (problem.cu_seqlens_q) {
+  if (!kPlain && problem.cu_seqlens_q) {
     int largest = first_query_row(problem);
     for (int seq = first; seq < last; ++seq) {
       largest = max_of(largest, problem.cu_seqlens_q[(seq + 1) * problem.cu_seqlens_q_stride]);
     }
-    query_begin = exclusive_scan<Traits::kThreads>(largest, first_query_row(problem), Max{},
-                                                   smem.scan_queries, place.query_end);
-    query_begin = min_of(query_begin, problem.total_q);
-    place.query_end = min_of(place.query_end, problem.total_q);
-    smem.stripe_query_begin[threadIdx.x] = query_begin;
+    int all;
+    query_begin = group.scan(largest, first_query_row(problem), Max{}, all);
+    query_begin = clamp_to(query_begin, first_query_row(problem), problem.total_q);
   }
 
   int tiles = 0;
   int longest = 0;  // tiles of a sequence and KV head, over all row blocks
-  int running = query_begin;
-  bool empty = false;
-  for (int seq = first; seq < last; ++seq) {
-    const Sequence sequence = load_sequence(problem, seq, running);
-    const int of_head = tiles_per_head(problem, sequence);
+  for_each_sequence(query_begin, [&](int, const Sequence& sequence) {
+    const int of_head = tiles_per_head<kPlain>(problem, sequence);
     tiles += problem.num_heads_kv * of_head;
     longest = max_of(longest, of_head);
-    empty |= has_empty_items(problem, sequence);
-    running = next_query_begin(problem, sequence);
-  }
+    return false;
+  });
   int num_tiles;
-  Position position;
-  position.line = exclusive_scan<Traits::kThreads>(tiles, 0, Sum{}, smem.scan_tiles, num_tiles);
+  const int line = group.scan(tiles, 0, Sum{}, num_tiles);
+  if (place.in_teams) {
+    // Row blocks of a sequence are close to alike.
+    const int of_item = group.largest(longest);
+    const int of_one = kPlain ? of_item : ceil_div<int>(of_item, problem.row_blocks);
+    const int units = layout.num_teams * layout.team_size;
+    const int64_t share = (int64_t{of_one} * layout.items_per_team + layout.team_size - 1) /
+                          static_cast<uint32_t>(int{layout.team_size});
+    place.in_teams = share * units <= num_tiles + int64_t{layout.slack_tiles} * units;
+    if (place.in_teams) return place;
+  }
 
   place.shares = make_shares(num_tiles, layout.num_units);
-  if (has_teams(layout)) {
-    exclusive_scan<Traits::kThreads>(longest, 0, Max{}, smem.scan_largest, longest);
-    // Row blocks of a sequence are close to alike.
-    const int of_item = ceil_div<int>(longest, problem.row_blocks);
-    const int64_t team_share =
-        ceil_div<int64_t>(int64_t{of_item} * layout.items_per_team, layout.team_size);
-    const int64_t worst = num_tiles + int64_t{layout.slack_tiles} * layout.team_units;
-    place.in_teams = team_share * layout.team_units <= worst;
-  }
   const int wanted = place.shares.is_idle(unit) ? -1 : place.shares.begin(unit);
-  if (position.line <= wanted && wanted < position.line + tiles) {
-    // The stripe with the unit's first tile: walk it to the sequence.
-    position.query_begin = query_begin;
-    for (position.seq = first;; ++position.seq) {
-      const Sequence sequence = load_sequence(problem, position.seq, position.query_begin);
-      const int here = problem.num_heads_kv * tiles_per_head(problem, sequence);
-      if (wanted < position.line + here) break;
-      position.line += here;
-      position.query_begin = next_query_begin(problem, sequence);
-    }
-    smem.start = position;
+  const bool found = line <= wanted && wanted < line + tiles;
+  if (found) {
+    // The stripe with the unit's first tile: on to the sequence.
+    place.start.line = line;
+    for_each_sequence(query_begin, [&](int seq, const Sequence& sequence) {
+      place.start.seq = seq;
+      place.start.query_begin = sequence.query_begin;
+      place.sequence = sequence;
+      const int here = problem.num_heads_kv * tiles_per_head<kPlain>(problem, sequence);
+      if (wanted < place.start.line + here) return true;
+      place.start.line += here;
+      return false;
+    });
   }
-  place.any_empty = __syncthreads_or(empty);  // also: smem.start is there
-  place.start = smem.start;
+  group.share(found, place.start, place.sequence);
   return place;
+}
+
+// For large batches, by all threads of the CTA: puts the place into shared memory.
+template <class Traits>
+LEANATTN_OUT_OF_LINE void locate_by_all(const DecodeParams& params,
+                                        typename Traits::SharedStorage& smem) {
+  const Place place = locate_among<Traits, 0>(params, blockIdx.x, CtaGroup<Traits>{smem});
+  __syncthreads();  // the start has been read
+  if (threadIdx.x == 0) smem.place = place;
+  __syncthreads();  // the place is there
+}
+
+// By a warp: the walk of the unit's share.
+template <class Traits>
+__device__ __forceinline__ Walker<Traits::kPlainItems> locate(
+    const DecodeParams& params, int unit, const typename Traits::SharedStorage& smem) {
+  constexpr bool kPlain = Traits::kPlainItems;
+  const Problem& problem = params.problem;
+  Place place;
+  if (has_teams_for_sure(params)) {
+    place.in_teams = true;
+    place.sequence = load_team_sequence<kPlain>(problem, params.layout, unit);
+  } else if (params.is_uniform) {
+    place.in_teams = false;
+    place.shares = params.uniform.shares;
+    place.start = params.uniform.start(unit);
+    place.sequence = load_sequence<kPlain>(problem, 0, 0);
+  } else if (needs_all_threads(params)) {
+    place = smem.place;
+  } else if (kPlain && problem.batch <= 32) {
+    place = locate_among<Traits, 1>(params, unit, WarpGroup{});
+  } else {
+    place = locate_among<Traits, kWarpStripe>(params, unit, WarpGroup{});
+  }
+  if (place.in_teams) {
+    return Walker<kPlain>(problem, params.layout, unit, place.sequence, params.uniform);
+  }
+  return Walker<kPlain>(problem, place.shares, unit, place.start, place.sequence, params.uniform);
 }
 
 }  // namespace leanattn

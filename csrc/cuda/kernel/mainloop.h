@@ -97,7 +97,7 @@ class MainLoop {
     for (int n = 0; n < kRowSteps; ++n) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const QueryRow row = query_row(params_, segment, place_.row(n, c));
+        const QueryRow row = query_row<Traits::kPlainItems>(params_, segment, place_.row(n, c));
         position_[n][c] = row.position;
         if constexpr (Traits::kPairsHeads) half_[n][c] = half_of_pair(params_, row.head);
         if constexpr (Traits::kFloat8) {
@@ -122,7 +122,7 @@ class MainLoop {
       const KeyRange any = segment.keys.any;
       // Subtracted, since token + kSliceTokens may be 2^31.
       const bool nothing = token >= any.end || any.begin - token >= Traits::kSliceTokens;
-      const bool plain = scoring_.plain() && is_seen_by_all(token);
+      const bool clear = scoring_.scaled_only() && is_seen_by_all(token);
       if (nothing) {
         // A warp with nothing to do still follows the ring: its arrival must not count for an
         // earlier round.
@@ -131,7 +131,7 @@ class MainLoop {
           ring.release();
           ring.advance();
         }
-      } else if (plain) {
+      } else if (clear) {
         step<true>(token, ring, state);
       } else {
         step<false>(token, ring, state);
@@ -150,8 +150,8 @@ class MainLoop {
     return token >= all.begin && all.end - token >= Traits::kSliceTokens;
   }
 
-  // kPlain: all rows see all keys, and nothing but a scale happens to the scores.
-  template <bool kPlain>
+  // kClear: all rows see all keys, and nothing but a scale happens to the scores.
+  template <bool kClear>
   __device__ __forceinline__ void step(int token, Ring<Traits>& ring, WarpState<Traits>& state) {
     Scores scores;
     ring.wait_full();
@@ -163,10 +163,10 @@ class MainLoop {
     depth_.sum(scores);
 
     Probabilities probabilities;
-    softmax<kPlain>(token, scores, state, probabilities);
+    softmax<kClear>(token, scores, state, probabilities);
 
     if (!values_in_keys<Traits>(params_)) ring.wait_full();
-    multiply_values<kPlain>(ring.stage_smem(), token, probabilities, state);
+    multiply_values<kClear>(ring.stage_smem(), token, probabilities, state);
     ring.release();
     ring.advance();
   }
@@ -178,8 +178,7 @@ class MainLoop {
     if constexpr (Traits::kFloat8) {
       const int row = place_.row_group * Traits::kWarpRows + n * 8 + place_.g;
       const auto load = [&](int depth, uint32_t (&b)[2]) {
-        const uint8_t* chunk_smem =
-            q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + place_.t / 2);
+        const uint8_t* chunk_smem = q_smem_ + query_offset<Traits>(row, depth * 2 + place_.t / 2);
         const uint2 pairs = reinterpret_cast<const uint2*>(chunk_smem)[place_.t % 2];
         b[0] = pairs.x;
         b[1] = pairs.y;
@@ -189,7 +188,7 @@ class MainLoop {
     } else {
       const int row = place_.row_group * Traits::kWarpRows + n * 8 + lane % 8;
       uint32_t r[4];
-      ldmatrix_x4(r, q_smem_ + swizzled_offset<Traits::kRows>(row, depth * 2 + lane / 8));
+      ldmatrix_x4(r, q_smem_ + query_offset<Traits>(row, depth * 2 + lane / 8));
       b0[0] = r[0];
       b0[1] = r[1];
       b1[0] = r[2];
@@ -198,9 +197,8 @@ class MainLoop {
   }
 
   __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
-    // A single accumulator would make one long chain of dependent mma. Two are also what pairs of heads
-    // need, one for each half of D.
-    constexpr int kChains = Traits::kPairsHeads || kTokenSteps * kRowSteps == 1 ? 2 : 1;
+    // Of two, pairs of heads have one for each half of D.
+    constexpr int kChains = Traits::kScoreChains;
     constexpr int kChainSteps = kWarpDepthSteps / kChains;
     float chains[kChains][kTokenSteps][kRowSteps][4] = {};
 #pragma unroll
@@ -248,14 +246,14 @@ class MainLoop {
     return token + i * 16 + place_.g + e / 2 * 8;
   }
 
-  template <bool kPlain>
+  template <bool kClear>
   __device__ __forceinline__ void softmax(int token, Scores& scores, WarpState<Traits>& state,
                                           Probabilities& probabilities) const {
     bool rescale = false;
     float factor[kRowSteps][2];
 #pragma unroll
     for (int n = 0; n < kRowSteps; ++n) {
-      finish_scores<kPlain>(token, n, scores);
+      finish_scores<kClear>(token, n, scores);
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         float new_max = state.max[n][c];
@@ -268,7 +266,7 @@ class MainLoop {
         factor[n][c] = rescale_factor(state.max[n][c], new_max);
         rescale |= new_max != state.max[n][c];
         state.max[n][c] = new_max;
-        state.sum[n][c] *= factor[n][c];
+        state.sum[n][c] = __fmul_rn(state.sum[n][c], factor[n][c]);  // see Scoring::scaled
         const float base = exponent_base(new_max);
         for (int i = 0; i < kTokenSteps; ++i) {
           for (int half = 0; half < 4; half += 2) {
@@ -296,14 +294,14 @@ class MainLoop {
   }
 
   // Dot products of row step n become scores.
-  template <bool kPlain>
+  template <bool kClear>
   __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
     if constexpr (Traits::kFloat8) {
       for (int i = 0; i < kTokenSteps; ++i) {
         for (int e = 0; e < 4; ++e) scores[i][n][e] *= factor_[n][e % 2];
       }
     }
-    if constexpr (kPlain) {
+    if constexpr (kClear) {
       for (int i = 0; i < kTokenSteps; ++i) {
         for (int e = 0; e < 4; ++e) scores[i][n][e] = scoring_.scaled(scores[i][n][e]);
       }
@@ -327,11 +325,11 @@ class MainLoop {
     fragments_.load_values(v_smem, row, place_.dim_group * kDimSteps + j, a);
   }
 
-  template <bool kPlain>
+  template <bool kClear>
   __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, int token,
                                                   const Probabilities& probabilities,
                                                   WarpState<Traits>& state) const {
-    if constexpr (!kPlain) {
+    if constexpr (!kClear && !Traits::kPlainItems) {
       if (spoils_some_rows(v_smem, token)) {
         multiply_values_by_token(v_smem, token, probabilities, state);
         return;
@@ -344,7 +342,7 @@ class MainLoop {
         uint32_t a[4];
         load_values(v_smem, i, j, a);
         // Rows that nobody sees may hold anything, NaN too, and 0 * NaN is NaN.
-        if constexpr (!kPlain) keep_tokens(a, segment_->keys.any, token + i * 16);
+        if constexpr (!kClear) keep_tokens(a, segment_->keys.any, token + i * 16);
 #pragma unroll
         for (int n = 0; n < kRowSteps; ++n) {
           mma_m16n8k16<Element>(state.o[j][n], a, probabilities[i][n]);
@@ -415,12 +413,12 @@ class MainLoop {
     }
   }
 
-  Scoring scoring_;
+  Scoring<Traits> scoring_;
   CacheFragments<Traits> fragments_;
   DepthPart<Traits> depth_;
   const DecodeParams& params_;
   const WarpPlace<Traits>& place_;
-  const uint8_t* q_smem_;  // [kHeadDim / 64, kRows, 64], swizzled
+  const uint8_t* q_smem_;  // [kRows, kQueryPitch]
   const Segment* segment_;
   int position_[kRowSteps][2];  // of this lane's rows
   bool half_[kRowSteps][2];     // of a pair of heads: theirs

@@ -111,7 +111,7 @@ class WarpgroupMainLoop {
         continue;
       }
       Probabilities probabilities;
-      if (everything && scoring_.plain()) {
+      if (everything && scoring_.scaled_only()) {
         softmax<true>(token, products, state, probabilities);
       } else {
         softmax<false>(token, products, state, probabilities);
@@ -168,8 +168,8 @@ class WarpgroupMainLoop {
     return token + j * 8 + place_.t * 2 + e % 2;
   }
 
-  // kPlain: all rows see all keys, and nothing but a scale happens to the scores.
-  template <bool kPlain>
+  // kClear: all rows see all keys, and nothing but a scale happens to the scores.
+  template <bool kClear>
   __device__ __forceinline__ void softmax(int token, Products& products, State& state,
                                           Probabilities& probabilities) const {
     if (!warp_has_rows_) {  // of the warp; what comes of it, nobody reads
@@ -182,7 +182,7 @@ class WarpgroupMainLoop {
     bool rescale = false;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      finish_scores<kPlain>(token, h, products);
+      finish_scores<kClear>(token, h, products);
       float new_max = state.max[h];
       for (int j = 0; j < kBlocks; ++j) {
         new_max = fmaxf(new_max, fmaxf(products[j][h * 2], products[j][h * 2 + 1]));
@@ -214,9 +214,9 @@ class WarpgroupMainLoop {
   }
 
   // Dot products of half h become scores.
-  template <bool kPlain>
+  template <bool kClear>
   __device__ __forceinline__ void finish_scores(int token, int h, Products& products) const {
-    if constexpr (kPlain) {
+    if constexpr (kClear) {
       for (int j = 0; j < kBlocks; ++j) {
         for (int e = h * 2; e < h * 2 + 2; ++e) products[j][e] = scoring_.scaled(products[j][e]);
       }
@@ -322,7 +322,7 @@ class WarpgroupMainLoop {
     }
   }
 
-  Scoring scoring_;
+  Scoring<Traits> scoring_;
   const DecodeParams& params_;
   const Place& place_;
   const Segment* segment_;

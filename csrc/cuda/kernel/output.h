@@ -57,7 +57,7 @@ __device__ __forceinline__ bool has_output(const DecodeParams& params, const Seg
 template <class Traits>
 __device__ __forceinline__ void write_quad(const DecodeParams& params, const Segment& segment,
                                            int item_row, int dim, QuadState state) {
-  const QueryRow row = query_row(params, segment, item_row);
+  const QueryRow row = query_row<Traits::kPlainItems>(params, segment, item_row);
   if constexpr (Traits::kPairsHeads) {
     if (params.head_pairs) dim -= half_of_pair(params, row.head) * (Traits::kHeadDimV / 2);
   }
@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   const bool wants_lse = dim == 0 && params.lse;
   const bool has_keys = state.sum != 0.0f;
   float lse = 0.0f;
-  if (params.sinks) {
+  if (!Traits::Features::kScaledScores && params.sinks) {
     const float sink = params.sinks[row.head * params.sinks_stride];
     state.merge_sink(sink);
     if (wants_lse) lse = lse_of(state.max, state.sum, sink);
@@ -78,9 +78,8 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
     factor *= scale_of(params.v_scale, segment.seq, own_kv_head(params, segment, row.head));
   }
   if (!has_keys) factor = 0.0f;  // be the sink and the scale NaN
-  const uint2 packed = params.element_type == ElementType::kBFloat16
-                           ? pack_quad<__nv_bfloat16>(state.o, factor)
-                           : pack_quad<__half>(state.o, factor);
+  const uint2 packed = is_bfloat16<Traits>(params) ? pack_quad<__nv_bfloat16>(state.o, factor)
+                                                   : pack_quad<__half>(state.o, factor);
   Float16* out =
       static_cast<Float16*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
   *reinterpret_cast<uint2*>(out + dim) = packed;

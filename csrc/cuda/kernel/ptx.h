@@ -20,6 +20,15 @@ __device__ __forceinline__ uint8_t* dynamic_smem() {
   return memory_smem;
 }
 
+// The same memory by an address that stays in a register. Of other addresses in shared memory ptxas works
+// out the base anew at every use, from a special register that takes its time.
+template <class T>
+__device__ __forceinline__ T* pin_smem(T* smem) {
+  uint32_t address = cute::cast_smem_ptr_to_uint(smem);
+  asm volatile("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier-init
 __device__ __forceinline__ void mbarrier_init(uint64_t* barrier_smem, uint32_t arrivals) {
   asm volatile(

@@ -6,53 +6,59 @@
 
 namespace leanattn {
 
+template <class Traits>
 class Scoring {
  public:
   __device__ __forceinline__ explicit Scoring(const DecodeParams& params)
       : params_(params),
-        plain_(params.softcap == 0.0f && params.alibi_slopes == nullptr),
+        scaled_only_(Traits::Features::kScaledScores ||
+                     (params.softcap == 0.0f && params.alibi_slopes == nullptr)),
         scale_log2_(params.softmax_scale * kLog2E) {}
 
   __device__ __forceinline__ void begin(const Segment& segment) { segment_ = &segment; }
 
   __device__ __forceinline__ int position_of_row(int item_row) const {
-    return query_row(params_, *segment_, item_row).position;
+    return query_row<Traits::kPlainItems>(params_, *segment_, item_row).position;
   }
 
   __device__ __forceinline__ KeyRange keys_of(int position) const {
+    if constexpr (Traits::kPlainItems) return segment_->keys.any;
     return visible_keys(params_.problem.mask, segment_->sequence.length, position);
   }
 
   // Whether a score is only the scaled product, wherever the key is seen.
-  __device__ __forceinline__ bool plain() const { return plain_; }
-  __device__ __forceinline__ float scaled(float dot) const { return dot * scale_log2_; }
+  __device__ __forceinline__ bool scaled_only() const { return scaled_only_; }
+  // Not to be fused with what follows, in some kernels and not in others.
+  __device__ __forceinline__ float scaled(float dot) const { return __fmul_rn(dot, scale_log2_); }
 
   // For the row at `position`: calls visit(score) once, where score(dot, key) is the row's score for
   // the key, -inf if it does not see it. One branch for all elements: the code for each is short or long.
   template <class Visit>
   __device__ __forceinline__ void finish(int item_row, int position, const Visit& visit) const {
     const KeyRange keys = keys_of(position);
-    if (plain_) {
+    if (scaled_only_) {
       visit(
           [&](float dot, int key) { return keys.contains(key) ? scaled(dot) : kNegativeInfinity; });
       return;
     }
-    float slope = 0.0f;
-    if (params_.alibi_slopes) {
-      const int head = query_row(params_, *segment_, item_row).head;
-      slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
-                                   head * params_.alibi_head_stride];
+    if constexpr (!Traits::Features::kScaledScores) {
+      float slope = 0.0f;
+      if (params_.alibi_slopes) {
+        const int head = query_row(params_, *segment_, item_row).head;
+        slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
+                                     head * params_.alibi_head_stride];
+      }
+      visit([&](float dot, int key) {
+        const float score = score_log2(params_, dot, slope, abs(position - key));
+        return keys.contains(key) ? score : kNegativeInfinity;
+      });
     }
-    visit([&](float dot, int key) {
-      const float score = score_log2(params_, dot, slope, abs(position - key));
-      return keys.contains(key) ? score : kNegativeInfinity;
-    });
   }
 
  private:
   const DecodeParams& params_;
   const Segment* segment_ = nullptr;
-  bool plain_;
+  bool scaled_only_;
   float scale_log2_;
 };
 

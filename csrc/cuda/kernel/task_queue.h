@@ -1,9 +1,12 @@
-// Segments on their way from the task warp to the consumer warps, each with its q rows. The task warp
-// stays ahead, so that neither the schedule's arithmetic nor the trip for q stands between the
-// consumers and the next tile.
+// Segments on their way from the producer to the consumer warps, each with its q rows. The producer stays
+// ahead, so that neither the schedule's arithmetic nor the trip for q stands between the consumers and
+// the next tile.
 #pragma once
 
+#include <cutlass/arch/barrier.h>
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
 
 #include "mma.h"
 #include "ring.h"
@@ -17,56 +20,92 @@ class TaskQueue {
   using Task = typename Traits::Task;
   using SharedStorage = typename Traits::SharedStorage;
 
-  __device__ __forceinline__ explicit TaskQueue(SharedStorage& smem) : smem_(smem) {}
+  // `bulk_copies`: of q's rows, one by one, by the copy engine; else by cp.async, which can swizzle them.
+  __device__ __forceinline__ TaskQueue(SharedStorage& smem, bool bulk_copies)
+      : smem_(smem), bulk_copies_(!Traits::kWgmma && bulk_copies) {}
 
-  // By one lane, before the CTA's first barrier.
-  __device__ __forceinline__ void init() {
+  // By one lane of the producer, before its first copy: the first task's barrier alone.
+  __device__ __forceinline__ void init_first() { init_full(0); }
+  // The others, before the set-up barrier.
+  __device__ __forceinline__ void init_rest() {
+#pragma unroll
     for (int task = 0; task < Traits::kTasks; ++task) {
-      // Every lane of the task warp when its q has landed, and lane 0 when the rest is written.
-      ptx::mbarrier_init(&smem_.task_full[task], 32 + 1);
+      if (task > 0) init_full(task);
       ptx::mbarrier_init(&smem_.task_empty[task], Traits::kConsumerWarps);
     }
   }
 
-  // Task warp. `shares`: of the walk that the segment is from.
+  // Producer, whole warp: has the segment's q brought, when the consumers have left room.
+  __device__ __forceinline__ void copy_queries(const DecodeParams& params, const Segment& segment) {
+    Task& task = wait_for_room();
+    const int rows = item_rows<kPlainItems>(params.problem, segment.sequence, segment.row_block);
+    if (bulk_copies_) {
+      copy_rows(params, segment, rows, task.q);
+    } else {
+      copy_chunks(params, segment, rows, task.q);
+      ptx::cp_async_mbarrier_arrive_noinc(full_barrier());
+    }
+  }
+
+  // Producer, after that: all else that the consumers need to know. `shares`: of the walk that the segment
+  // is from.
   __device__ __forceinline__ void push(const DecodeParams& params, const Shares& shares,
                                        const Segment& segment) {
-    Task& task = wait_for_room();
-    const int rows = item_rows(params.problem, segment.sequence, segment.row_block);
-    copy_queries(params, segment, rows, task.q);
-    if constexpr (Traits::kFloat8) {
-      narrow_queries(params, task);
-      ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
-    } else {
-      ptx::cp_async_mbarrier_arrive_noinc(&smem_.task_full[position_.stage]);
-    }
-    if (threadIdx.x % 32 == 0) {
+    if (cute::elect_one_sync()) {
+      Task& task = smem_.tasks[position_.stage];
       task.segment = segment;
-      task.num_rows = rows;
+      task.num_rows = item_rows<kPlainItems>(params.problem, segment.sequence, segment.row_block);
       if (!segment.is_whole()) {
-        task.units = participants(shares, segment);
-        task.shares = shares;
+        task.partial_slot = own_slot(shares, segment, blockIdx.x);
+        CutSegment& cut = smem_.cuts[num_cuts_];
+        cut.segment = segment;
+        cut.shares = shares;
       }
-      ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
+      ptx::mbarrier_arrive(full_barrier());
     }
+    num_cuts_ += !segment.is_whole();
     position_.advance(Traits::kTasks);
   }
 
-  // Task warp, once, after the last push.
-  __device__ __forceinline__ void close() {
+  // Producer, once, after the last push. `shares`: of the walk.
+  __device__ __forceinline__ void close(const Shares& shares) {
     Task& task = wait_for_room();
-    cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
-    ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
-    if (threadIdx.x % 32 == 0) {
+    if (!bulk_copies_) {
+      cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
+      ptx::mbarrier_arrive(full_barrier());
+    }
+    __syncwarp();  // whichever lane wrote the cuts
+    if (cute::elect_one_sync()) {
+#pragma unroll 1
+      for (int cut = 0; cut < num_cuts_; ++cut) {
+        smem_.cuts[cut].units = participants(shares, smem_.cuts[cut].segment);
+      }
+      smem_.num_cuts = num_cuts_;
       task.num_rows = 0;
-      ptx::mbarrier_arrive(&smem_.task_full[position_.stage]);
+      ptx::mbarrier_arrive(full_barrier());
     }
   }
 
-  // Consumer: the next task, or null. The wait acquires what the task warp wrote.
-  __device__ __forceinline__ const Task* front() const {
-    ptx::mbarrier_wait_parity(&smem_.task_full[position_.stage], position_.phase);
-    const Task& task = smem_.tasks[position_.stage];
+  // Consumers, before the set-up barrier: columns of q beyond the head dim, which bulk copies leave alone.
+  __device__ __forceinline__ void clear_columns(int head_dim) const {
+    if (!bulk_copies_ || head_dim == Traits::kHeadDim) return;
+    const int first = head_dim / 8;
+#pragma unroll 1
+    for (int row = threadIdx.x / 32; row < Traits::kTasks * Traits::kRows;
+         row += Traits::kConsumerWarps) {
+      uint8_t* q_smem = smem_.tasks[row / Traits::kRows].q;
+#pragma unroll 1
+      for (int chunk = first + threadIdx.x % 32; chunk < kRowChunks; chunk += 32) {
+        *reinterpret_cast<uint4*>(q_smem + query_offset<Traits>(row % Traits::kRows, chunk)) =
+            uint4{};
+      }
+    }
+  }
+
+  // Consumer: the next task, or null. The wait acquires what the producer wrote.
+  __device__ __forceinline__ Task* front() const {
+    ptx::mbarrier_wait_parity(full_barrier(), position_.phase);
+    Task& task = smem_.tasks[position_.stage];
     return task.num_rows > 0 ? &task : nullptr;
   }
 
@@ -77,52 +116,89 @@ class TaskQueue {
     position_.advance(Traits::kTasks);
   }
 
+  // With float8 caches, by all consumer warps: q becomes fp16. bf16 reaches further, so its rows are
+  // taken into fp16's range by a power of two, and the products back by task.q_factors.
+  static __device__ __forceinline__ void narrow_queries(const DecodeParams& params, Task& task) {
+    constexpr int kLanes = min_of(kRowChunks, 32);
+    const bool is_bf16 = is_bfloat16<Traits>(params);
+#pragma unroll 1
+    for (int row = threadIdx.x / kLanes; row < task.num_rows;
+         row += Traits::kConsumerThreads / kLanes) {
+      const int lane = threadIdx.x % kLanes;
+      const float factor = is_bf16 ? narrow_row<kLanes>(task.q, row, lane) : 1.0f;
+      if (lane == 0) task.q_factors[row] = factor;
+    }
+  }
+
  private:
+  using CutSegment = typename Traits::CutSegment;
+  static constexpr bool kPlainItems = Traits::kPlainItems;
   static constexpr int kRowChunks = Traits::kHeadDim / 8;  // of 16 bytes, a row of q
 
-  // A fresh barrier counts as just past the phase of parity 1; see Ring.
+  __device__ __forceinline__ uint64_t* full_barrier() const {
+    return &smem_.task_full[position_.stage];
+  }
+
+  __device__ __forceinline__ void init_full(int task) const {
+    // One lane when the task is written, and by cp.async every lane when its part of q has landed; bulk
+    // copies are counted in bytes.
+    ptx::mbarrier_init(&smem_.task_full[task], bulk_copies_ ? 1 : 32 + 1);
+  }
+
+  // Not in the first round, which begins before the barriers are initialised.
   __device__ __forceinline__ Task& wait_for_room() const {
-    ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
-    __syncwarp();  // no lane may fall a whole round behind: it would wait for a phase long gone
+    if (!position_.is_first_round) {
+      ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
+      __syncwarp();  // no lane may fall a whole round behind: it would wait for a phase long gone
+    }
     return smem_.tasks[position_.stage];
   }
 
-  // q rows of the item; rows and columns beyond it become zero.
-  __device__ __forceinline__ void copy_queries(const DecodeParams& params, const Segment& segment,
-                                               int rows, uint8_t* q_smem) const {
-    const Float16* q = static_cast<const Float16*>(params.q);
+  __device__ __forceinline__ const Float16* query_source(const DecodeParams& params,
+                                                         const Segment& segment, int row) const {
+    const QueryRow r = query_row<kPlainItems>(params, segment, row);
+    return static_cast<const Float16*>(params.q) +
+           q_offset(params, segment.seq, segment.sequence, r.query, r.head);
+  }
+
+  // q rows of the item by bulk copies. Of the rows beyond it, and of what comes of them, nobody reads.
+  __device__ __forceinline__ void copy_rows(const DecodeParams& params, const Segment& segment,
+                                            int rows, uint8_t* q_smem) const {
+#if LEANATTN_ARCH >= 900
+    if (!cute::elect_one_sync()) return;
+    const bool paired = Traits::kPairsHeads && params.head_pairs;
+    const int bytes = (paired ? Traits::kHeadDim / 2 : params.head_dim) * 2;
+    cutlass::arch::ClusterTransactionBarrier::expect_transaction(full_barrier(),
+                                                                 rows * bytes * (paired ? 2 : 1));
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row) {
+      const Float16* source = query_source(params, segment, row);
+      uint8_t* row_smem = q_smem + row * Traits::kQueryPitch;
+      cute::SM90_BULK_COPY_G2S::copy(source, full_barrier(), row_smem, bytes);
+      if (paired) {  // in both halves
+        cute::SM90_BULK_COPY_G2S::copy(source, full_barrier(), row_smem + bytes, bytes);
+      }
+    }
+#endif
+  }
+
+  // The same by cp.async; rows and columns beyond it become zero.
+  __device__ __forceinline__ void copy_chunks(const DecodeParams& params, const Segment& segment,
+                                              int rows, uint8_t* q_smem) const {
 #pragma unroll 4
     for (int i = threadIdx.x % 32; i < Traits::kRows * kRowChunks; i += 32) {
       const int row = i / kRowChunks;
       const int chunk = i % kRowChunks;
-      const QueryRow r = query_row(params, segment, row < rows ? row : 0);
       int column = chunk * 8;
       const bool inside = row < rows && column < params.head_dim;
       if constexpr (Traits::kPairsHeads) {
         if (params.head_pairs) column %= Traits::kHeadDim / 2;  // in both halves
       }
-      const Float16* source = q + q_offset(params, segment.seq, segment.sequence, r.query, r.head) +
-                              (inside ? column : 0);
+      const Float16* source =
+          query_source(params, segment, row < rows ? row : 0) + (inside ? column : 0);
       cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
           *reinterpret_cast<const uint4*>(source),
-          *reinterpret_cast<uint4*>(q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk)),
-          inside);
-    }
-  }
-
-  // With float8 caches: q in shared memory becomes fp16. bf16 reaches further, so its rows are taken
-  // into fp16's range by a power of two, and the products back by task.q_factors.
-  __device__ __forceinline__ void narrow_queries(const DecodeParams& params, Task& task) const {
-    constexpr int kLanes = min_of(kRowChunks, 32);
-    const bool is_bf16 = params.element_type == ElementType::kBFloat16;
-    cute::cp_async_fence();
-    cute::cp_async_wait<0>();
-    __syncwarp();  // the other lanes' chunks have landed too
-#pragma unroll 1
-    for (int row = threadIdx.x % 32 / kLanes; row < Traits::kRows; row += 32 / kLanes) {
-      const int lane = threadIdx.x % kLanes;
-      const float factor = is_bf16 ? narrow_row<kLanes>(task.q, row, lane) : 1.0f;
-      if (lane == 0) task.q_factors[row] = factor;
+          *reinterpret_cast<uint4*>(q_smem + query_offset<Traits>(row, chunk)), inside);
     }
   }
 
@@ -135,7 +211,7 @@ class TaskQueue {
       for (int i = 0; i < ceil_div(kRowChunks, kLanes); ++i) {
         const int chunk = lane + i * kLanes;
         if (chunk >= kRowChunks) break;
-        uint8_t* chunk_smem = q_smem + swizzled_offset<Traits::kQueryRows>(row, chunk);
+        uint8_t* chunk_smem = q_smem + query_offset<Traits>(row, chunk);
         visit(*reinterpret_cast<Vector<uint32_t, 4>*>(chunk_smem));
       }
     };
@@ -167,6 +243,8 @@ class TaskQueue {
   }
 
   SharedStorage& smem_;
+  bool bulk_copies_;
+  int num_cuts_ = 0;
   RingPosition position_;
 };
 

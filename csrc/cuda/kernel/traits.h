@@ -1,10 +1,10 @@
 // The compile-time side of the kernel: what one CTA looks like, and its shared memory.
 //
-// A CTA has eight consumer warps, two producer warps and a task warp. The producers keep a ring of stages
-// filled, each with one tile of K or of V, in turn: by bulk copies the first alone, by cp.async, where
-// every 16 bytes are an instruction's, each a half of the tile. The task warp tells the consumers which
-// segments the tiles are of, and brings the segments' q rows. The consumers split a tile's TOKENS into slices, each
-// with a softmax state of its own for all query rows.
+// A CTA has eight consumer warps, a producer warp and a helper warp. The producer walks the unit's share:
+// it keeps a ring of stages filled, each with one tile of K or of V, in turn, tells the consumers which
+// segments the tiles are of, and brings the segments' q rows. The consumers split a tile's TOKENS into
+// slices, each with a softmax state of its own for all query rows. The helper fills the rows that see no
+// key; and where copies are by cp.async, every 16 bytes an instruction, it takes a half of each tile.
 //
 // The products run in one of two ways.
 //
@@ -34,6 +34,14 @@
 
 namespace leanattn {
 
+// Where a unit is: in a team, or at a place of the line from which it takes a share of its own.
+struct Place {
+  bool in_teams;
+  Shares shares;      // of the line
+  Position start;     // of the sequence in which the share begins, and what it is:
+  Sequence sequence;  // in a team, that of its first item
+};
+
 // How a launch divides the shared memory behind SharedStorage.
 struct RoomPlan {
   int num_stages;   // of the ring
@@ -42,7 +50,7 @@ struct RoomPlan {
 
 // The CTA's hardware barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;  // among the consumer warps
-constexpr int kSetupBarrier = 2;     // the consumers wait for the other warps' set-up
+constexpr int kSetupBarrier = 2;     // the others wait for the producer's set-up
 constexpr int kSliceBarrier = 3;     // and more: among the warps that share a slice
 
 enum class Kind {
@@ -62,8 +70,35 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Float16>
+// What a kernel can do. What it cannot is not compiled into it, so that a launch fetches none of its
+// code: in a model every launch finds its code cold, and half of a small decode's time went there.
+struct AllFeatures {
+  static constexpr bool kPlainItems = false;    // no others: schedule.h
+  static constexpr bool kScaledScores = false;  // no softcap, ALiBi, sinks
+  static constexpr bool kFixedLoader =
+      false;  // the fastest that the architecture has, and no other
+  // Of those that differ by a run-time parameter, here none is left out:
+  static constexpr bool kPaged = true, kContiguous = true;  // caches
+  static constexpr bool kFloat16 = true, kBFloat16 = true;  // q and out
+  static constexpr bool kE5M2 = true;                       // float8 caches, beside e4m3
+};
+
+// The plain decode that servers call all the time.
+template <bool kIsBFloat16, bool kIsPaged>
+struct LeanFeatures {
+  static constexpr bool kPlainItems = true;
+  static constexpr bool kScaledScores = true;
+  static constexpr bool kFixedLoader = true;
+  static constexpr bool kPaged = kIsPaged, kContiguous = !kIsPaged;
+  static constexpr bool kFloat16 = !kIsBFloat16, kBFloat16 = kIsBFloat16;
+  static constexpr bool kE5M2 = false;
+};
+
+template <int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Float16,
+          class Features_ = AllFeatures>
 struct DecodeTraits {
+  using Features = Features_;
+  static constexpr bool kPlainItems = Features::kPlainItems;
   using CacheElement = CacheElement_;  // of K and V in memory: Float16 or Float8
   static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
   static_assert(!kFloat8 || kKind != Kind::kWgmma, "wgmma reads the caches as they are");
@@ -79,11 +114,10 @@ struct DecodeTraits {
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kProducerWarp = kConsumerWarps;
-  static constexpr int kSecondProducerWarp = kConsumerWarps + 1;
-  static constexpr int kTaskWarp = kConsumerWarps + 2;
-  // Registers are handed over by whole warpgroups; the warp more only brings its own.
+  static constexpr int kHelperWarp = kConsumerWarps + 1;
+  // Registers are handed over by whole warpgroups; the two warps more only bring their own.
   static constexpr bool kMovesRegisters = kWgmma && kWide;
-  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 96);
+  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 64);
   static constexpr int kConsumerRegisters =
       216;  // 2 * 216 + 72 = 3 * 168, which 12 warps are given
   static constexpr int kProducerRegisters = 72;
@@ -120,8 +154,12 @@ struct DecodeTraits {
   static_assert(!kWgmma || kSteps * kStepTokens == kSliceTokens, "a slice is whole steps");
 
   // Whether two KV heads may be one: head_pairs.h. Their products need a sum each.
-  static constexpr bool kPairsHeads = kKind == Kind::kMma && kRows <= kMaxPairRows &&
-                                      kHeadDim >= 128 && kHeadDim * sizeof(CacheElement) <= 256;
+  static constexpr bool kHasPairShape = kKind == Kind::kMma && kRows <= kMaxPairRows &&
+                                        kHeadDim >= 128 && kHeadDim * sizeof(CacheElement) <= 256;
+  static constexpr bool kPairsHeads = kHasPairShape && !kPlainItems;
+  // A single accumulator of q.k would make one long chain of dependent mma. The same with every set of
+  // features, as the order of a sum is part of its bits.
+  static constexpr int kScoreChains = kHasPairShape || kTokenSteps * kRowSteps == 1 ? 2 : 1;
 
   // Of mma: q stays in registers where it leaves room for the accumulators, else it is read again
   // from shared memory for every tile.
@@ -146,22 +184,25 @@ struct DecodeTraits {
   static constexpr int kMaxStages = 227 * 1024 / kStageBytes;  // a CTA of sm_90 has so much memory
   // With more than one step the keys are still needed when the values are waited for. Else one stage
   // is slow but works: K is released before V needs the room.
-  static constexpr int kFewestStages = kWgmma && kSteps > 1 ? 2 : 1;
+  static constexpr int kFewestStages = (kWgmma && kSteps > 1) || Features::kFixedLoader ? 2 : 1;
   // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
   static constexpr int kPageSlots = kWide ? 16 : 8;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : kMovesRegisters ? 1 : 2;
 
   struct Nothing {};
 
-  // What the task warp tells the consumers of one segment.
+  // A row of q in shared memory: for wgmma swizzled as in the ring, else by itself and so long that eight
+  // rows' chunks lie in different banks.
+  static constexpr int kQueryPitch = kHeadDim * 2 + (kWgmma ? 0 : 16);
+
+  // What the producer tells the consumers of one segment.
   struct Task {
-    alignas(kWgmma ? 1024 : 16) uint8_t q[kQueryRows * kHeadDim * 2];  // swizzled, as in the ring
+    alignas(kWgmma ? 1024 : 16) uint8_t q[kQueryRows * kQueryPitch];
     // By which each row's products are to be multiplied.
     [[no_unique_address]] std::conditional_t<kFloat8, float[kRows], Nothing> q_factors;
     Segment segment;
-    int num_rows;        // 0: no more tasks
-    Participants units;  // where the segment does not hold its whole item
-    Shares shares;       // of the same walk
+    int num_rows;          // 0: no more tasks
+    int64_t partial_slot;  // where the segment does not hold its whole item
   };
 
   // A segment that does not hold its whole item, until the fixup.
@@ -177,7 +218,9 @@ struct DecodeTraits {
 
   struct SharedStorage {
     Task tasks[kTasks];
-    CutSegment cuts[2];
+    CutSegment cuts[2];  // by the producer, as is what follows; the consumers have it with a task
+    int num_cuts;
+    bool in_teams;  // the units do, rather than share out the line
     [[no_unique_address]] std::conditional_t<kSplitsDepth, ScoreParts, Nothing> score_parts;
     alignas(16) float merge_o[kSlices][kMergeRows][kMergePitch];
     float merge_max[kSlices][kMergeRows];
@@ -186,12 +229,9 @@ struct DecodeTraits {
     uint64_t empty[kMaxStages];
     uint64_t task_full[kTasks];
     uint64_t task_empty[kTasks];
-    int scan_tiles[kThreads / 32];
-    int scan_queries[kThreads / 32];
-    int scan_largest[kThreads / 32];
-    int stripe_query_begin[kThreads];
-    Position start;
-    int32_t page_ids[2][kPageSlots][kTile / 2];  // of each producer warp
+    Place place;                                 // of large batches
+    int scan[kThreads / 32];                     // on the way there
+    int32_t page_ids[2][kPageSlots][kTile / 2];  // of the producer and the helper
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
@@ -213,6 +253,37 @@ struct DecodeTraits {
 template <int rows>
 __device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) {
   return (chunk / 8) * (rows * 128) + row * 128 + (((chunk % 8) ^ (row % 8)) * 16);
+}
+
+// Byte offset of 16-byte chunk `chunk` of row `row` of a task's q.
+template <class Traits>
+__device__ __forceinline__ uint32_t query_offset(int row, int chunk) {
+  if constexpr (Traits::kWgmma) return swizzled_offset<Traits::kQueryRows>(row, chunk);
+  return row * Traits::kQueryPitch + chunk * 16;
+}
+
+// What a call is, where the kernel is not compiled for one kind alone.
+template <class Traits>
+__device__ __forceinline__ bool is_bfloat16(const DecodeParams& params) {
+  using Features = typename Traits::Features;
+  if constexpr (!Features::kFloat16) return true;
+  return Features::kBFloat16 && params.element_type == ElementType::kBFloat16;
+}
+template <class Traits>
+__device__ __forceinline__ bool is_e5m2(const DecodeParams& params) {
+  return Traits::Features::kE5M2 && params.cache_type == CacheType::kFloat8E5M2;
+}
+template <class Traits>
+__device__ __forceinline__ bool is_paged(const DecodeParams& params) {
+  using Features = typename Traits::Features;
+  if constexpr (!Features::kContiguous) return true;
+  return Features::kPaged && params.block_table;
+}
+// Whether copies are by the engine for bulk tensor copies.
+template <class Traits, class TensorMaps>
+__device__ __forceinline__ bool uses_tma(const TensorMaps& maps) {
+  if constexpr (Traits::Features::kFixedLoader) return LEANATTN_ARCH >= 900;
+  return LEANATTN_ARCH >= 900 && maps.usable;
 }
 
 }  // namespace leanattn

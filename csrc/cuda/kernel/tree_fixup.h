@@ -73,7 +73,7 @@ __device__ __forceinline__ void fold_partials(const DecodeParams& params, const 
         if (unit > units.last) continue;
         nodes[i] = next_node(segment.item, own.begin, own.end, at);
         states[i] =
-            load_partial<Traits>(params, partial_index(params, units, unit, index), row, dim);
+            load_partial<Traits>(params, partial_index(params, units.slot(unit), index), row, dim);
         count = i + 1;
         at = nodes[i].end();
         ++index;

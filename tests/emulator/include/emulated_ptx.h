@@ -7,6 +7,11 @@ namespace leanattn::ptx {
 
 inline uint8_t* dynamic_smem() { return emulator::cta().smem; }
 
+template <class T>
+T* pin_smem(T* smem) {
+  return smem;
+}
+
 // An mbarrier in its 8 bytes.
 struct MBarrier {
   uint16_t phase : 1;

@@ -1,4 +1,4 @@
-// Bulk tensor copies, emulated: boxes of [rows, 128 bytes] with the 128-byte swizzle.
+// Bulk copies, emulated: of tensors boxes of [rows, 128 bytes] with the 128-byte swizzle.
 #pragma once
 
 #include <cuda.h>
@@ -63,6 +63,22 @@ struct SM90_TMA_LOAD_4D {
       auto& state = leanattn::ptx::mbarrier(barrier);
       const emulator::Quiet quiet;
       state.bytes -= map.box_rows * 128;
+      state.check();
+    });
+  }
+};
+
+// `bytes` in a row; the hardware takes whole 16 bytes, on such boundaries, alone.
+struct SM90_BULK_COPY_G2S {
+  static void copy(const void* from, uint64_t* barrier, void* to, int32_t bytes) {
+    const auto at = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
+    if ((at(from) | at(to) | bytes) % 16 != 0) throw std::logic_error("a bulk copy off 16 bytes");
+    emulator::copy_later([from, barrier, to, bytes] {
+      std::memcpy(to, from, bytes);
+      emulator::release(barrier);
+      auto& state = leanattn::ptx::mbarrier(barrier);
+      const emulator::Quiet quiet;
+      state.bytes -= bytes;
       state.check();
     });
   }
