@@ -41,6 +41,7 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("build_info() -> str");
   m.def("warmup(int device_index) -> ()");
   m.def("max_units(int device_index) -> int");
+  m.def("counter_bytes(int device_index) -> int");
   m.def("read_floor(Tensor a, Tensor b, Tensor(a!) sink) -> ()");
   m.def("read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor(a!) sink) -> ()");
 }
@@ -75,6 +76,7 @@ STABLE_TORCH_LIBRARY_IMPL(leanattn, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&leanattn::build_info));
   m.impl("warmup", TORCH_BOX(&leanattn::warmup));
   m.impl("max_units", TORCH_BOX(&leanattn::max_units));
+  m.impl("counter_bytes", TORCH_BOX(&leanattn::counter_bytes_on));
 }
 
 // `import leanattn._C` runs the registrations above.

@@ -72,7 +72,7 @@ def decode(
             batch around it, any place in it, any page size and number of units: its tiles are
             merged in a tree that depends on its own tokens alone. docs/semantics.md, section 13,
             states the workspace that it takes.
-        counters: from `leanattn.counters`, one tensor a stream; saves a memset.
+        counters: from `leanattn.counters`, one tensor a stream; without, a call is as fast.
         return_lse: also return the log-sum-exp.
         out: where to write the result, instead of a new tensor.
 
@@ -237,7 +237,8 @@ def merge_states(outs, lses):
 def counters(device, n=None):
     """Int32 zeros for the `counters` argument of `decode`; every call leaves them zero.
 
-    One tensor serves one stream at a time.
+    One tensor serves one stream at a time. A call that is given none has others of the library's
+    own, and is as fast.
 
     Args:
         device: where the calls will run.
@@ -273,7 +274,8 @@ def is_supported(
 
 
 def warmup(device="cuda"):
-    """Loads every kernel on a CUDA device, so that no first call has to, nor a graph capture.
+    """Loads every kernel on a CUDA device and has memory for counters ready, so that no first call
+    has to, nor a graph capture.
 
     On the CPU there is nothing to do.
     """

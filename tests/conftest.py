@@ -85,6 +85,14 @@ def device(request):
 
 
 @pytest.fixture
+def emulated_gpu(request):
+    """The emulated GPU, for what no test sees of a real one."""
+    if not request.config.getoption("emulated_gpu"):
+        pytest.skip("looks into an emulated GPU")
+    return request.config.emulated_gpu
+
+
+@pytest.fixture
 def loader(request, monkeypatch):
     """Force one of the two ways in which the CUDA kernel fetches K and V."""
     name = getattr(request, "param", None)

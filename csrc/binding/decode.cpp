@@ -18,6 +18,7 @@
 #include "torch_parallel_for.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/counters.h"
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda_stream.h"
@@ -35,7 +36,8 @@ namespace {
 
 // --- Workspace -----------------------------------------------------------------------------------
 
-// What plan_workspace says, in one allocation; none where it says nothing.
+// What plan_workspace says, in one allocation; none where it says nothing. Counters are in it where
+// p has none yet and the caller gives none.
 struct Workspace {
   std::optional<Tensor> memory;
   bool has_counters;
@@ -49,7 +51,7 @@ Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeP
                   " elements for this call, got ", a.counters->numel());
     p.counters = static_cast<int32_t*>(a.counters->mutable_data_ptr());
   }
-  const WorkspacePlan plan = plan_workspace(p, !a.counters, a.q.is_cuda());
+  const WorkspacePlan plan = plan_workspace(p, !p.counters, a.q.is_cuda());
   Workspace workspace{std::nullopt, plan.counters > 0};
   if (plan.size() == 0) return workspace;
   workspace.memory = empty_beside(a.q, {plan.size()}, ScalarType::Byte);
@@ -59,7 +61,7 @@ Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeP
     next += bytes;
     return part;
   };
-  if (!a.counters) p.counters = static_cast<int32_t*>(take(plan.counters));
+  if (!p.counters) p.counters = static_cast<int32_t*>(take(plan.counters));
   p.partial_stats = static_cast<float*>(take(plan.partial_stats));
   p.partial_o = static_cast<float*>(take(plan.partial_o));
   p.fold_states = static_cast<SoftmaxState<4>*>(take(plan.fold_states));
@@ -81,6 +83,9 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_cuda_stream(device);
   plan_decode(p, CudaDevice(device));
+  if (!a.counters && may_leave_partials(p)) {
+    p.counters = own_counters(num_counters(p), device, stream);
+  }
   const Workspace workspace = make_workspace(check, a, p);
   if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
   launch_decode(p, num_counters(p), workspace.has_counters, device, stream);

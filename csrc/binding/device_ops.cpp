@@ -2,6 +2,7 @@
 
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/append.h"
+#include "cuda/counters.h"
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda/merge.h"
@@ -29,10 +30,15 @@ void warmup(int64_t device_index) {
   warm_up(static_cast<int>(device_index));
   warm_up_append();
   warm_up_merge();
+  reserve_counters(static_cast<int>(device_index));
 }
 
 int64_t max_units(int64_t device_index) {
   return device_limits(static_cast<int>(device_index)).num_sms;
+}
+
+int64_t counter_bytes_on(int64_t device_index) {
+  return counter_bytes(static_cast<int>(device_index));
 }
 
 void read_floor(Tensor a, Tensor b, Tensor sink) {
@@ -97,6 +103,7 @@ void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
 
 void warmup(int64_t) { throw_without_cuda("warmup"); }
 int64_t max_units(int64_t) { throw_without_cuda("max_units"); }
+int64_t counter_bytes_on(int64_t) { throw_without_cuda("counter_bytes"); }
 void read_floor(Tensor, Tensor, Tensor) { throw_without_cuda("read_floor"); }
 void read_rows_floor(Tensor, Tensor, Tensor) { throw_without_cuda("read_rows_floor"); }
 

@@ -16,6 +16,9 @@ void warmup(int64_t device_index);
 // How many units a call on this CUDA device has at most: what a counters tensor must hold.
 int64_t max_units(int64_t device_index);
 
+// Bytes that the library's own counters take on this CUDA device; no other memory is its own.
+int64_t counter_bytes_on(int64_t device_index);
+
 // Reads a and b once, contiguous CUDA tensors; `sink` [1] int32 is never written in practice.
 void read_floor(Tensor a, Tensor b, Tensor sink);
 

@@ -15,8 +15,6 @@
 
 namespace leanattn {
 
-constexpr int kMaxDevices = 64;
-
 // What the driver must be told, and says, of a kernel once a device.
 struct KernelSetup {
   std::once_flag once;

@@ -10,7 +10,7 @@ namespace leanattn {
 
 // In bytes, each part on a 256-byte boundary, in this order; 0 where nothing would use it.
 struct WorkspacePlan {
-  int64_t counters;  // where the caller gives none
+  int64_t counters;  // where there are no others
   int64_t partial_stats;
   int64_t partial_o;
   int64_t fold_states;

@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -15,6 +16,8 @@
 #include "gpu.h"
 
 #include <cute/arch/copy_sm90_tma.hpp>
+
+#include "cuda/counters.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
@@ -43,23 +46,47 @@ const Gpu& gpu() {
 
 std::map<const void*, int> shared_memory_of;  // kernels, that cudaFuncSetAttribute was told
 std::vector<std::string> launches;
+std::map<void*, size_t> memory;  // of cudaMalloc
 
-// --- Graphs --------------------------------------------------------------------------------------
+// --- Streams and graphs --------------------------------------------------------------------------
 
+struct Node {
+  std::string name;
+  std::function<void()> work;
+};
+
+struct UserObject {
+  void* data;
+  cudaHostFn_t destroy;
+};
+
+// With its executable, which goes when it goes.
 struct Graph {
-  std::vector<std::function<void()>> nodes;
+  std::vector<Node> nodes;
   std::vector<torch::stable::Tensor> memory;  // allocated while it was captured
+  std::vector<UserObject> user_objects;
+};
+
+struct Capture {
+  unsigned long long id;
+  Graph* graph;
 };
 
 std::map<int64_t, Graph> graphs;
-int64_t capturing = -1;  // the graph
+std::map<cudaStream_t, Capture> captures;  // of streams that are captured
+// By handles, which are used again, unlike ids. The default stream's is 0.
+std::map<cudaStream_t, unsigned long long> stream_ids{{nullptr, 0}};
+thread_local cudaStream_t current_stream = nullptr;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
-std::mutex mutex;  // one piece of work at a time, whichever threads and streams ask
+std::recursive_mutex mutex;  // one piece of work at a time, whichever threads and streams ask
 
-void enqueue(const std::string& name, std::function<void()> work) {
+// Streams have no work of their own: all is done when it is asked for.
+void enqueue(cudaStream_t stream, const std::string& name, std::function<void()> work) {
   const std::lock_guard guard(mutex);
-  if (capturing >= 0) {
-    graphs[capturing].nodes.push_back(std::move(work));
+  require(stream_ids.contains(stream), "a stream that is gone");
+  if (captures.contains(stream)) {
+    captures[stream].graph->nodes.push_back({name, std::move(work)});
   } else {
     static const bool is_idle = number("EMULATED_GPU_IDLE", 0);
     if (is_idle) return;
@@ -68,17 +95,70 @@ void enqueue(const std::string& name, std::function<void()> work) {
   }
 }
 
+void require_no_capture(const std::string& call) {
+  const std::lock_guard guard(mutex);
+  require(captures.empty(), call + " during a capture");
+}
+
+// For what CUDA calls potentially unsafe.
+void require_no_capture_or_relaxed(const std::string& call) {
+  if (capture_mode != cudaStreamCaptureModeRelaxed) require_no_capture(call);
+}
+
+cudaStream_t new_stream() {
+  static unsigned long long last_id = 0;
+  const std::lock_guard guard(mutex);
+  uintptr_t handle = 1;
+  while (stream_ids.contains(reinterpret_cast<cudaStream_t>(handle))) ++handle;
+  const auto stream = reinterpret_cast<cudaStream_t>(handle);
+  stream_ids[stream] = ++last_id;
+  return stream;
+}
+
+void destroy_stream(cudaStream_t stream) {
+  const std::lock_guard guard(mutex);
+  require(stream && stream_ids.erase(stream), "a stream that is gone");
+}
+
 }  // namespace
 
+extern "C" {
+__attribute__((visibility("default"))) int64_t emulated_gpu_free_memory = 64 << 20;
+}
 EXPORTED int64_t emulated_gpu_tensor_copies() { return emulator::tensor_copies; }
 EXPORTED int emulated_gpu_capability() { return gpu().capability; }
-EXPORTED void emulated_gpu_begin_capture(int64_t graph) { capturing = graph; }
-EXPORTED void emulated_gpu_end_capture() { capturing = -1; }
+EXPORTED cudaStream_t emulated_gpu_new_stream() { return new_stream(); }
+EXPORTED void emulated_gpu_destroy_stream(cudaStream_t stream) { destroy_stream(stream); }
+EXPORTED cudaStream_t emulated_gpu_set_stream(cudaStream_t stream) {
+  return std::exchange(current_stream, stream);
+}
+// A stream that waits for one that is captured is captured too.
+EXPORTED void emulated_gpu_wait(cudaStream_t stream, cudaStream_t other) {
+  const std::lock_guard guard(mutex);
+  if (captures.contains(other)) captures[stream] = captures[other];
+}
+EXPORTED void emulated_gpu_begin_capture(int64_t graph) {
+  static unsigned long long next_id = 0;
+  const std::lock_guard guard(mutex);
+  captures[current_stream] = {next_id++, &graphs[graph]};
+}
+EXPORTED void emulated_gpu_end_capture() {
+  const std::lock_guard guard(mutex);
+  const unsigned long long id = captures[current_stream].id;
+  std::erase_if(captures, [&](const auto& entry) { return entry.second.id == id; });
+}
 EXPORTED void emulated_gpu_replay(int64_t graph) {
   const std::lock_guard guard(mutex);
-  for (const auto& node : graphs.at(graph).nodes) node();
+  for (const Node& node : graphs.at(graph).nodes) {
+    launches.push_back(node.name);
+    node.work();
+  }
 }
-EXPORTED void emulated_gpu_forget(int64_t graph) { graphs.erase(graph); }
+EXPORTED void emulated_gpu_forget(int64_t graph) {
+  const std::lock_guard guard(mutex);
+  for (const UserObject& object : graphs[graph].user_objects) object.destroy(object.data);
+  graphs.erase(graph);
+}
 
 // "kernel" and "Memset", as often as launched, since the last time.
 EXPORTED const char* emulated_gpu_launches() {
@@ -119,7 +199,7 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<
   }
   require(grid % cluster_size == 0, "a grid that is no multiple of the cluster");
   require(cluster_size <= gpu().num_sms, "a cluster larger than the GPU");
-  enqueue("kernel", [=, bytes = config.dynamicSmemBytes, body = std::move(body)] {
+  enqueue(config.stream, "kernel", [=, bytes = config.dynamicSmemBytes, body = std::move(body)] {
     static int seed = 0;  // events happen in another order in every launch
     emulator::run(grid, cluster_size, threads, bytes, ++seed, body);
   });
@@ -161,7 +241,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-  require(capturing < 0, "cudaFuncGetAttributes loads a kernel during a capture");
+  require_no_capture("cudaFuncGetAttributes, which loads a kernel,");
   *attributes = {};
   attributes->ptxVersion = gpu().capability;
   // Where there is no wgmma, its kernels are empty; nobody asks about the others.
@@ -170,7 +250,7 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  require(capturing < 0, "cudaFuncSetAttribute during a capture");
+  require_no_capture("cudaFuncSetAttribute");
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
       value > gpu().shared_memory_bytes) {
     return cudaErrorInvalidValue;
@@ -189,25 +269,104 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void* kernel,
   return cudaSuccess;
 }
 
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  enqueue("Memset", [=] { std::memset(to, value, bytes); });
+cudaError_t cudaMalloc(void** address, size_t bytes) {
+  require_no_capture_or_relaxed("cudaMalloc");
+  const std::lock_guard guard(mutex);
+  if (static_cast<int64_t>(bytes) > emulated_gpu_free_memory) return cudaErrorMemoryAllocation;
+  emulated_gpu_free_memory -= bytes;
+  *address = std::malloc(bytes);
+  std::memset(*address, 0x5a, bytes);  // it may hold anything
+  memory[*address] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* address) {
+  require_no_capture_or_relaxed("cudaFree");
+  const std::lock_guard guard(mutex);
+  emulated_gpu_free_memory += memory.at(address);
+  memory.erase(address);
+  std::free(address);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  enqueue(stream, "Memset", [=] { std::memset(to, value, bytes); });
   return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
-  require(capturing < 0, "a copy to the host during a capture");
+  require_no_capture("a copy to the host");
   std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  require(capturing < 0, "cudaStreamSynchronize during a capture");
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  // Any other waits for the default stream, and that for it.
+  require(flags == cudaStreamNonBlocking, "a blocking stream");
+  require_no_capture_or_relaxed("cudaStreamCreateWithFlags");
+  *stream = new_stream();
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = capturing < 0 ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  destroy_stream(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  const std::lock_guard guard(mutex);
+  require(!captures.contains(stream), "cudaStreamGetId of a stream that is captured");
+  *id = stream_ids.at(stream);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  require_no_capture_or_relaxed("cudaStreamSynchronize");
+  const std::lock_guard guard(mutex);
+  require(!captures.contains(stream), "cudaStreamSynchronize of a stream that is captured");
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
+
+#if CUDART_VERSION < 13000
+#define cudaStreamGetCaptureInfo cudaStreamGetCaptureInfo_v3
+#endif
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t* graph,
+                                     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+  const std::lock_guard guard(mutex);
+  const auto found = captures.find(stream);
+  *status = cudaStreamCaptureStatusNone;
+  if (found == captures.end()) return cudaSuccess;
+  *status = cudaStreamCaptureStatusActive;
+  if (id) *id = found->second.id;
+  if (graph) *graph = reinterpret_cast<cudaGraph_t>(found->second.graph);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  return cudaStreamGetCaptureInfo(stream, status, nullptr, nullptr, nullptr, nullptr, nullptr);
+}
+
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* data, cudaHostFn_t destroy,
+                                 unsigned references, unsigned flags) {
+  require(references == 1 && flags == cudaUserObjectNoDestructorSync, "another user object");
+  *object = reinterpret_cast<cudaUserObject_t>(new UserObject{data, destroy});
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object,
+                                      unsigned references, unsigned flags) {
+  require(references == 1 && flags == cudaGraphUserObjectMove, "a reference that is not moved");
+  UserObject* const moved = reinterpret_cast<UserObject*>(object);
+  const std::lock_guard guard(mutex);
+  reinterpret_cast<Graph*>(graph)->user_objects.push_back(*moved);
+  delete moved;
   return cudaSuccess;
 }
 
@@ -274,7 +433,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 namespace {
 
 int32_t get_current_stream(int32_t device, void** stream) {
-  *stream = nullptr;
+  *stream = current_stream;
   return device == 0 ? 0 : 1;
 }
 
@@ -311,12 +470,19 @@ extern "C" AOTITorchError emulated_aoti_torch_empty_strided(int64_t dims, const 
   require(type == aoti_torch_device_type_cuda() && index == 0, "a new tensor that is not on it");
   const AOTITorchError error = aoti_torch_empty_strided(
       dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), index, result);
-  if (error == 0 && capturing >= 0) {
+  const std::lock_guard guard(mutex);
+  if (error == 0 && captures.contains(current_stream)) {
     AtenTensorHandle kept;
     aoti_torch_new_tensor_handle(*result, &kept);
-    graphs[capturing].memory.emplace_back(kept);
+    captures[current_stream].graph->memory.emplace_back(kept);
   }
   return error;
+}
+
+// --- What tests ask of csrc/ itself --------------------------------------------------------------
+
+EXPORTED void* emulated_gpu_own_counters(int n, int device) {
+  return leanattn::own_counters(n, device, current_stream);
 }
 
 // --- What is not emulated ------------------------------------------------------------------------
