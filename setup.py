@@ -5,6 +5,7 @@ These environment variables change the build:
 
     LEANATTN_CPU_ONLY=1        no CUDA kernels, though there is nvcc
     LEANATTN_LINEINFO=1        source lines for profilers
+    LEANATTN_TIMELINE=1        kernels that note when they got where, for bench/timeline.py
     LEANATTN_PTXAS_VERBOSE=1   print each kernel's registers and spills
     TORCH_CUDA_ARCH_LIST       GPU architectures, by default "8.0;9.0+PTX"
     CUDA_HOME, MAX_JOBS        where CUDA is; how many files to compile at a time
@@ -168,6 +169,8 @@ def make_extension(cuda_home, targets):
         nvcc += [f"-U__CUDA_NO_{kind}__" for kind in kinds]
         if switched_on("LEANATTN_LINEINFO"):
             nvcc.append("-lineinfo")
+        if switched_on("LEANATTN_TIMELINE"):
+            macros.append(("LEANATTN_TIMELINE", None))
         if switched_on("LEANATTN_PTXAS_VERBOSE"):
             nvcc.append("-Xptxas=-v")
         # USE_CUDA opens the CUDA part of torch's stable headers.

@@ -417,6 +417,28 @@ def test_a_team_shares_out_its_items_alone(headers, layout, idle_teams):
 
 
 @examples
+@given(team_layouts(), st.sampled_from([0, 1, 5]))
+def test_a_team_may_take_its_items_by_steps(headers, layout, idle_teams):
+    """So that neighbouring teams are at neighbouring items."""
+    case, items_per_team, team_size = layout
+    assume(team_size == 1)
+    items = items_in_order(case)
+    num_teams = -(-len(items) // items_per_team)
+    table = headers.walk_teams(
+        make_problem(headers, case),
+        headers.Layout(num_teams + idle_teams, items_per_team, 1, num_teams, by_steps=True), False,
+    )  # fmt: skip
+    walked = [items.index(item_of(segment)) for segment in table]
+    contiguous = headers.walk_teams(
+        make_problem(headers, case), headers.Layout(num_teams, items_per_team, 1), False
+    )
+    assert sorted(walked) == [items.index(item_of(segment)) for segment in contiguous]
+    # Each team's come by steps; the teams, if they are spread, in order.
+    expected = [i for team in range(num_teams) for i in range(team, len(items), num_teams)]
+    assert walked == [item for item in expected if item in set(walked)]
+
+
+@examples
 @given(team_layouts(), st.integers(0, 40))
 def test_teams_are_spread_over_more_units(headers, layout, idle_teams):
     """In order, as evenly as can be, and each team's units side by side."""

@@ -1,9 +1,9 @@
 #include "value_checks.h"
 
-#include <cstdlib>
-#include <string>
+#include <string_view>
 #include <vector>
 
+#include "plan/knobs.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -11,8 +11,8 @@
 namespace leanattn {
 
 bool value_checks_wanted() {
-  const char* value = std::getenv("LEANATTN_CHECK");
-  return value && *value && std::string(value) != "0";
+  const std::string_view value = knob("LEANATTN_CHECK");
+  return !value.empty() && value != "0";
 }
 
 namespace {

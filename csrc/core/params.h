@@ -30,6 +30,10 @@ LEANATTN_HD float scale_of(const Scales& scales, int seq, int head) {
 // Rows that a batch-invariant item holds at most, on CUDA.
 constexpr int kFoldRows = 16;
 
+// Of a timeline, in a build that measures it: cuda/kernel/timeline.h.
+constexpr int kNumMarks = 9;
+constexpr int kMaxTimelineUnits = 256;
+
 struct DecodeParams {
   ElementType element_type;  // of q and out
   CacheType cache_type;      // of k and v: the same, or a float8
@@ -82,6 +86,9 @@ struct DecodeParams {
   SoftmaxState<4>* fold_states;  // [layout.num_units, max_nodes / 2, rows_per_item, padded Dv / 4]
   int32_t* counters;             // tickets, zero before and after; see counter_index
   bool counter_per_item;         // one counter an item instead of one a unit
+#ifdef LEANATTN_TIMELINE
+  uint64_t* timeline;  // [kMaxTimelineUnits, kNumMarks], or null
+#endif
 };
 
 // The head dim that the kernel for a call is compiled for; D is padded to it, and Dv to

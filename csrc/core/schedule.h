@@ -231,6 +231,9 @@ struct Layout {
   // 0: stream-K, equal shares of the whole line for all units. Else the items that a team takes;
   // one, where it has several units: they share it out evenly.
   int items_per_team;
+  // From one item of a team to its next: 1, or num_teams. Then all teams are at neighbouring items at the
+  // same time, as is best where heads lie beside each other in memory.
+  int item_step;
   FastDivisor team_size;
   // Teams that have items.
   int num_teams;
@@ -259,8 +262,9 @@ LEANATTN_HD int team_at(const Layout& layout, int slot) {
 // The first of the items of the team whose place is `slot`, or -1.
 template <bool kPlain = false>
 LEANATTN_HD int first_item_at(const Problem& p, const Layout& layout, int slot) {
-  const int first = team_at(layout, slot) * layout.items_per_team;
-  return first < num_items<kPlain>(p) ? max_of(first, -1) : -1;
+  const int team = team_at(layout, slot);
+  const int first = layout.item_step == 1 ? team * layout.items_per_team : team;
+  return team >= 0 && first < num_items<kPlain>(p) ? first : -1;
 }
 
 // Equal shares of a stretch of the line for a run of neighbouring units.

@@ -8,12 +8,23 @@
 
 namespace leanattn {
 
+// An item, by its number, where all sequences have as many.
+struct ItemPlace {
+  int seq, head, row_block;
+};
+
+template <bool kPlain>
+LEANATTN_HD ItemPlace place_of_item(const Problem& p, int item) {
+  const int head = kPlain ? item : item / p.row_blocks;  // over all sequences
+  const int seq = head / p.num_heads_kv;
+  return {seq, head - seq * p.num_heads_kv, kPlain ? 0 : item - head * p.row_blocks};
+}
+
 // The sequence of the first item of the unit's team; of any, where it idles.
 template <bool kPlain = false>
 LEANATTN_HD Sequence load_team_sequence(const Problem& p, const Layout& layout, int unit) {
   const int item = max_of(first_item_at<kPlain>(p, layout, unit / layout.team_size), 0);
-  const int head = kPlain ? item : item / p.row_blocks;
-  return load_sequence<kPlain>(p, head / p.num_heads_kv, 0);
+  return load_sequence<kPlain>(p, place_of_item<kPlain>(p, item).seq, 0);
 }
 
 // Walks the segments of one unit, in line order. Its start reads nothing from memory and computes little:
@@ -36,6 +47,7 @@ class Walker {
     next_ = idle ? 0 : shares.begin(unit);
     end_ = idle ? 0 : shares.end(unit);
     items_left_ = INT32_MAX;
+    item_step_ = 1;
     if (next_ >= end_) return;
     enter_sequence(sequence);
     const int offset = next_ - position_.line;  // within the sequence
@@ -63,11 +75,19 @@ class Walker {
     const int slot = unit / layout.team_size;
     const int first_item = first_item_at<kPlain>(problem, layout, slot);
     if (first_item < 0) return;
-    items_left_ = min_of(num_items<kPlain>(problem) - first_item, layout.items_per_team);
-    const int head = kPlain ? first_item : first_item / problem.row_blocks;  // over all sequences
-    row_block_ = kPlain ? 0 : first_item - head * problem.row_blocks;
-    position_ = {head / problem.num_heads_kv, 0, 0};
-    head_ = head - position_.seq * problem.num_heads_kv;
+    item_step_ = layout.item_step;
+    items_left_ = layout.items_per_team;
+    const int items_to_end = num_items<kPlain>(problem) - first_item;
+    if (item_step_ == 1) {
+      items_left_ = min_of(items_left_, items_to_end);
+    } else {
+      number_ = first_item;
+      prepare_next_item(items_to_end);
+    }
+    const ItemPlace place = place_of_item<kPlain>(problem, first_item);
+    row_block_ = place.row_block;
+    position_ = {place.seq, 0, 0};
+    head_ = place.head;
     sequence_ = sequence;
     item_line_ = 0;
     enter_item();
@@ -112,8 +132,31 @@ class Walker {
   LEANATTN_HD const Shares& shares() const { return shares_; }
 
  private:
+  // Asks for the sequence of the item after this one, long before it is needed: on the way there are all
+  // the copies in flight.
+  LEANATTN_HD void prepare_next_item(int items_to_end) {
+    if (item_step_ >= items_to_end) {
+      items_left_ = 1;  // this one
+      return;
+    }
+    number_ += item_step_;
+    prepared_ = load_sequence<kPlain>(problem_, place_of_item<kPlain>(problem_, number_).seq, 0);
+  }
+
+  LEANATTN_HD void enter_prepared_item() {
+    item_line_ += item_.size();
+    const ItemPlace place = place_of_item<kPlain>(problem_, number_);
+    row_block_ = place.row_block;
+    position_ = {place.seq, 0, 0};
+    head_ = place.head;
+    sequence_ = prepared_;
+    enter_item();
+    if (items_left_ > 1) prepare_next_item(num_items<kPlain>(problem_) - number_);
+  }
+
   // It may have no tile.
   LEANATTN_HD void enter_next_item() {
+    if (item_step_ != 1) return enter_prepared_item();
     if (row_block_ + 1 < num_row_blocks<kPlain>(problem_, sequence_)) return enter_next_row_block();
     item_line_ += item_.size();
     row_block_ = 0;
@@ -176,7 +219,10 @@ class Walker {
   TileRange item_;
   int item_line_;
   int items_left_;  // this one included
-  int next_;        // on the line
+  int item_step_;
+  int number_;  // where that is not 1: of the next item, and its sequence
+  Sequence prepared_;
+  int next_;  // on the line
   int end_;
 };
 

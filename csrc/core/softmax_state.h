@@ -1,8 +1,9 @@
 // The softmax state: an unnormalised attention output together with what is needed to merge it
 // with another one. States form a commutative monoid under merge (LeanAttention, arXiv 2405.10480,
 // section IV-A: "softmax re-scaling" as a reduction operator), which is what lets any stretch of
-// keys be computed by anyone. This file is the only place that knows the algebra; main loop, warps,
-// fixup and the CPU implementation all use it.
+// keys be computed by anyone. Warps, fixup and fixed tree merge states by SoftmaxState. What holds its
+// states otherwise spells the same algebra out with the functions here: the main loops, which take a
+// tile's scores into fragments, the CPU's RowStates, in double, and merge_params.h.
 //
 //   max   running maximum of the scores, in units of log2 (scores are multiplied by log2(e))
 //   sum   sum of exp2(score - max)

@@ -240,9 +240,25 @@ bool allows_lean(const DecodeParams& params) {
 // Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
 bool wants_dependent_launch() { return knob_is_second("LEANATTN_PDL", "0", "1"); }
 
+// In a build for measuring: LEANATTN_TIMELINE_MEMORY is the address of uint64 [calls, max_units, kNumMarks],
+// of which each launch takes the next [max_units, kNumMarks].
+void set_timeline([[maybe_unused]] DecodeParams& params) {
+#ifdef LEANATTN_TIMELINE
+  static uint64_t* next = nullptr;
+  static std::string text;
+  const std::string_view memory = knob("LEANATTN_TIMELINE_MEMORY");
+  if (memory != text) {
+    text = memory;
+    next = reinterpret_cast<uint64_t*>(std::strtoull(text.c_str(), nullptr, 0));
+  }
+  params.timeline = next;
+  if (next) next += kMaxTimelineUnits * kNumMarks;
+#endif
+}
+
 }  // namespace
 
-void launch_decode(const DecodeParams& params, int num_counters, bool zero_counters, int device,
+void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream) {
   // After a memset there is no kernel to overlap with.
   const bool may_overlap = wants_dependent_launch() && !zero_counters;
@@ -250,6 +266,7 @@ void launch_decode(const DecodeParams& params, int num_counters, bool zero_count
     check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
                "cudaMemsetAsync");
   }
+  set_timeline(params);
   KernelKey key = make_key(params, params.problem.rows_per_item, device);
   const TensorMaps maps =
       device_limits(device).capability >= 90 ? make_tensor_maps(params) : TensorMaps{};

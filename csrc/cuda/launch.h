@@ -10,6 +10,8 @@
 
 namespace leanattn {
 
+constexpr int kMaxDevices = 64;
+
 // Throws with the name of the failed call.
 void check_cuda(cudaError_t status, const char* call);
 
@@ -39,7 +41,7 @@ class CudaDevice final : public Device {
 // Launches on `stream` of the current device `device`. `zero_counters`: clear params.counters first.
 // LEANATTN_LOADER=cp_async keeps the bulk tensor copies from being used. Throws std::runtime_error,
 // PlanError for a knob.
-void launch_decode(const DecodeParams& params, int num_counters, bool zero_counters, int device,
+void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream);
 
 // Loads and sets up every kernel, which a capture must not do, and which the first call of each

@@ -22,10 +22,10 @@ Layout stream_k_layout(const Problem& problem, int available) {
   const std::string_view forced = knob("LEANATTN_NUM_UNITS");
   if (forced.empty()) {
     const int64_t units = std::clamp<int64_t>(max_tiles(problem), 1, available);
-    return {static_cast<int>(units), 0, 1, 0, 0, 1};
+    return {static_cast<int>(units), 0, 1, 1, 0, 0, 1};
   }
   check_stream_k("LEANATTN_NUM_UNITS");
-  return {knob_number("LEANATTN_NUM_UNITS", forced), 0, 1, 0, 0, 1};
+  return {knob_number("LEANATTN_NUM_UNITS", forced), 0, 1, 1, 0, 0, 1};
 }
 
 void set_rows_per_item(DecodeParams& p, int rows) {

@@ -13,10 +13,12 @@ import leanattn
 _VARIABLES = {
     "LEANATTN_LOADER": "tma or cp_async: how CUDA kernels fetch K and V",
     "LEANATTN_MMA": "wgmma or mma: how CUDA kernels multiply where there are 17 rows or more",
+    "LEANATTN_FEATURES": "lean or all: CUDA kernels with no more than plain decodes need, or all",
     "LEANATTN_HEAD_PAIRS": "1 or 0: two KV heads with short rows are read as one, or never",
     "LEANATTN_NUM_UNITS": "how many units share the work",
     "LEANATTN_LAYOUT": "stream_k, teams:N or clusters:N: how CUDA kernels lay out the work",
     "LEANATTN_PDL": "1: programmatic dependent launch of the CUDA kernels",
+    "LEANATTN_BACKEND": "auto, leanattn or torch: where SDPA and transformers' decode steps go",
     "LEANATTN_CHECK": "1: wrong lengths raise instead of being clamped",
 }
 

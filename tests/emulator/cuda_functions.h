@@ -52,6 +52,12 @@ inline int __syncthreads_or(int value) {
   __syncthreads();
   return barrier.last_any;
 }
+inline int __reduce_add_sync(unsigned, int value) {
+  const auto all = emulator::exchange("redux.add", value);
+  int sum = 0;
+  for (const int x : all) sum += x;
+  return sum;
+}
 inline int __reduce_min_sync(unsigned, int value) {
   const auto all = emulator::exchange("redux.min", value);
   return *std::min_element(all.begin(), all.end());

@@ -119,7 +119,9 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   problem.rows_per_item = rows;
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
   const int slots = num_units / team_size;
-  p.layout = {num_units, items_per_team, team_size, slots, slack_tiles, slots};
+  // As the cost model has it: several items a team by steps where they are many.
+  const int step = items_per_team > 2 ? slots : 1;
+  p.layout = {num_units, items_per_team, step, team_size, slots, slack_tiles, slots};
   p.is_clustered = clustered;
   p.is_uniform = !cache_seqlens && !ragged;
   if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);

@@ -284,13 +284,15 @@ PYBIND11_MODULE(headers, m) {
   m.def("walk_uniform", &walk_uniform);
   m.def("partials_to_merge", &partials_to_merge);
   py::class_<Layout>(m, "Layout")
-      .def(py::init([](int num_units, int items_per_team, int team_size, int num_teams) {
-             const int slots = num_units / team_size;
-             return Layout{num_units, items_per_team, team_size, num_teams ? num_teams : slots,
-                           0,         slots};
-           }),
+      .def(py::init(
+               [](int num_units, int items_per_team, int team_size, int num_teams, bool by_steps) {
+                 const int slots = num_units / team_size;
+                 const int teams = num_teams ? num_teams : slots;
+                 const int step = by_steps ? teams : 1;
+                 return Layout{num_units, items_per_team, step, team_size, teams, 0, slots};
+               }),
            py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
-           py::arg("num_teams") = 0)
+           py::arg("num_teams") = 0, py::arg("by_steps") = false)
       .def_property_readonly("num_units", [](const Layout& l) { return int{l.num_units}; })
       .def_property_readonly("team_slots", [](const Layout& l) { return int{l.team_slots}; })
       .def_readonly("num_teams", &Layout::num_teams)

@@ -73,12 +73,16 @@ __device__ __forceinline__ void consume(const DecodeParams& params, int unit, Ri
                                         TaskQueue<Traits> tasks,
                                         typename Traits::SharedStorage& smem) {
   const PlaceOf<Traits> place(threadIdx.x / 32);
+  bool is_first = true;
   while (const auto* task = next_task(params, tasks)) {
+    mark(params, Mark::kFirstTask, is_first && threadIdx.x == 0);
+    is_first = false;
     const Segment& segment = task->segment;
     const bool is_whole = segment.is_whole();
     StateOf<Traits> state;
     run_main_loop<Traits>(params, place, *task, segment.tile_begin, segment.tile_end, ring, smem,
                           state);
+    mark(params, Mark::kLoopEnd, threadIdx.x == 0);
     const auto finish = [&](int row, int dim, const QuadState& merged) {
       if (is_whole) {
         if (has_output<Traits>(params, segment, row, dim)) {
@@ -92,15 +96,17 @@ __device__ __forceinline__ void consume(const DecodeParams& params, int unit, Ri
       }
     };
     merge_warps<Traits>(smem, place, state, task->num_rows, params.head_dim_v, finish);
+    mark(params, Mark::kMerged, threadIdx.x == 0);
     tasks.pop();
   }
   if (params.is_clustered && smem.in_teams) {
     cluster_fix_up<Traits>(params, unit, smem);
   } else {
     fix_up<Traits>(params, smem, [&](const typename Traits::CutSegment& cut) {
-      merge_partials<Traits>(params, cut.segment, cut.units);
+      merge_partials<Traits>(params, cut.segment, cut.units, ring);
     });
   }
+  mark(params, Mark::kExit, threadIdx.x == 0);
 }
 
 // The same for Kind::kTree, tile by tile.
@@ -165,15 +171,18 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
   constexpr bool kHasCpAsync = !Traits::Features::kFixedLoader || LEANATTN_ARCH < 900;
   const bool by_tma = uses_tma<Traits>(maps);
   const int arrivals = by_tma ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals;
-  // elect_one_sync, because ptxas then knows that it is one lane: it has a loop over lanes otherwise.
-  if (is_producer && cute::elect_one_sync()) {
-    ring.init_first(arrivals);
-    tasks.init_first();
+  mark(params, Mark::kEntry, is_producer && threadIdx.x % 32 == 0);
+  const auto init_first = [&] {
+    // elect_one_sync, because ptxas then knows that it is one lane: it has a loop over lanes otherwise.
+    if (is_producer && cute::elect_one_sync()) {
+      ring.init_first(arrivals);
+      tasks.init_first();
 #if LEANATTN_ARCH >= 900
-    cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
+      cutlass::arch::fence_barrier_init();  // before the copy engine arrives on them
 #endif
-  }
-  __syncwarp();  // all are initialised before another lane copies or arrives
+    }
+    __syncwarp();  // all are initialised before another lane copies or arrives
+  };
   const auto set_up = [&] {
     if (cute::elect_one_sync()) {
       ring.init_rest(arrivals);
@@ -188,12 +197,12 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
   // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
   // anything that this one reads, and what this one writes it may still read.
   ptx::wait_for_previous_kernel();
-  const auto walker = locate<Traits>(params, blockIdx.x, smem);
+  const auto walker = locate<Traits>(params, blockIdx.x, smem, init_first);
   if (is_producer && cute::elect_one_sync()) smem.in_teams = walker.in_team();
   if (by_tma) {
     PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), true, smem.page_ids[0]);
     EitherLoader<Traits, TmaLoader<Traits>, PagedTmaLoader<Traits>> loader(
-        params, {}, PagedTmaLoader<Traits>(maps, pages));
+        params, {}, PagedTmaLoader<Traits>(params, maps, pages));
     produce<Traits>(params, maps, walker, loader, ring, tasks, true, set_up);
   } else if constexpr (kHasCpAsync) {
     if (is_producer) {

@@ -81,10 +81,9 @@ __device__ __forceinline__ void write_empty_rows(const DecodeParams& params) {
     if (has_offsets) {
       // A sequence begins where the largest offset up to it is.
       const int mine = problem.cu_seqlens_q[(seq + 1) * problem.cu_seqlens_q_stride];
-      int ends_at;
-      const int before = WarpGroup{}.scan(mine, query_begin, Max{}, ends_at);
+      const int before = WarpGroup{}.scan(mine, query_begin, Max{});
       const int my_begin = clamp_to(before, query_begin, problem.total_q);
-      query_begin = clamp_to(ends_at, query_begin, problem.total_q);
+      query_begin = clamp_to(WarpGroup{}.largest(mine), query_begin, problem.total_q);
       sequence = load_sequence<kPlain>(problem, seq, my_begin);
     } else {
       sequence = load_sequence<kPlain>(problem, seq, 0);

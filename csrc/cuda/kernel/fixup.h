@@ -8,10 +8,13 @@
 // Memory ordering, CTA i to the last CTA:
 //   partial stores of all threads of i  ->  sync_consumers  ->  thread 0: fence, atomicInc (release)
 //   last CTA's thread 0: atomicInc, fence (acquire)  ->  sync_consumers  ->  loads of all its threads
-// The loads go to L2 (__ldcg): the non-coherent path could hold the slot's old contents.
+// The loads go to L2 (__ldcg, cp.async): the non-coherent path could hold the slot's old contents.
 #pragma once
 
+#include <cute/arch/copy_sm80.hpp>
+
 #include "output.h"
+#include "timeline.h"
 #include "warp_merge.h"
 
 namespace leanattn {
@@ -71,27 +74,51 @@ __device__ __forceinline__ void draw_tickets(const DecodeParams& params, int num
   sync_consumers<Traits>();  // the answers are there; the acquire covers the whole CTA
 }
 
-// By all consumer threads of the unit that came last.
+// By all consumer threads of the unit that came last. Each has all partials of its elements brought at once,
+// as far as there is room, into a place of its own in the ring, where every tile has been read: one trip to
+// memory, however many they are.
 template <class Traits>
 __device__ __forceinline__ void merge_partials(const DecodeParams& params, const Segment& segment,
-                                               const Participants& units) {
-  constexpr int kInFlight = 8;  // partials that a thread loads at once
+                                               const Participants& units,
+                                               const Ring<Traits>& ring) {
+  constexpr int kAtOnce = Traits::kPartialsAtOnce;
+  auto* o_smem = reinterpret_cast<float4(*)[Traits::kConsumerThreads]>(ring.stages_smem());
+  // Whole groups, so that the order of a merge does not depend on the room.
+  const int ring_bytes = ring.num_stages() * Traits::kStageBytes;
+  const int room = ring_bytes / Traits::kPartialBytes / kAtOnce * kAtOnce;
+  auto* stats_smem = reinterpret_cast<float2(*)[Traits::kConsumerThreads]>(o_smem + room);
+  const int me = threadIdx.x;
   const int rows =
       item_rows<Traits::kPlainItems>(params.problem, segment.sequence, segment.row_block);
   for_each_quad<Traits>(0, rows, params.head_dim_v, [&](int row, int dim) {
     if (!has_output<Traits>(params, segment, row, dim)) return;
     QuadState merged;
-    for (int first = units.first; first <= units.last; first += kInFlight) {
-      QuadState batch[kInFlight];
-#pragma unroll
-      for (int i = 0; i < kInFlight; ++i) {
-        const int unit = first + i;
-        if (unit <= units.last) {
-          batch[i] =
-              load_partial<Traits>(params, partial_index(params, units.slot(unit), 0), row, dim);
-        }
+    LEANATTN_KEEP_ROLLED
+    for (int first = units.first; first <= units.last; first += room) {
+      const int count = min_of(room, units.last - first + 1);
+#pragma unroll 2
+      for (int i = 0; i < count; ++i) {
+        const int64_t slot = partial_index(params, units.slot(first + i), 0);
+        const int64_t slot_row = slot * params.problem.rows_per_item + row;
+        cute::SM80_CP_ASYNC_CACHEGLOBAL<uint4>::copy(
+            *reinterpret_cast<const uint4*>(params.partial_o + slot_row * params.head_dim_v + dim),
+            *reinterpret_cast<uint4*>(&o_smem[i][me]));
+        cute::SM80_CP_ASYNC_CACHEALWAYS<uint2>::copy(
+            *reinterpret_cast<const uint2*>(params.partial_stats + slot_row * 2),
+            *reinterpret_cast<uint2*>(&stats_smem[i][me]));
       }
-      merged.merge(batch);
+      cute::cp_async_fence();
+      cute::cp_async_wait<0>();
+      LEANATTN_KEEP_ROLLED
+      for (int next = 0; next < count; next += kAtOnce) {
+        QuadState batch[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (next + i >= count) continue;
+          batch[i] = make_quad_state(stats_smem[next + i][me], o_smem[next + i][me]);
+        }
+        merged.merge(batch);
+      }
     }
     write_quad<Traits>(params, segment, row, dim, merged);
   });
@@ -105,6 +132,7 @@ __device__ __forceinline__ void fix_up(const DecodeParams& params,
   const int num_cuts = smem.num_cuts;
   if (num_cuts == 0) return;
   draw_tickets<Traits>(params, num_cuts, smem);
+  mark(params, Mark::kTicket, threadIdx.x == 0);
   for (int cut = 0; cut < num_cuts; ++cut) {
     if (smem.cuts[cut].is_last_to_arrive) merge(smem.cuts[cut]);
   }

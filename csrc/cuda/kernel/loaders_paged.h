@@ -58,8 +58,12 @@ class PageQueue {
   // Where a token of this tile lives: one in the same page as a token that some query sees.
   __device__ __forceinline__ CacheRow find(int token) const {
     const int index = token / params_.page_size;
-    const int page = slots_smem_[slot_][index - first_page_];
-    return {clamp_page(params_, page), token - index * params_.page_size};
+    return {page(index), token - index * params_.page_size};
+  }
+
+  // The `index`th of the sequence's pages, which is one of this tile's.
+  __device__ __forceinline__ int page(int index) const {
+    return clamp_page(params_, slots_smem_[slot_][index - first_page_]);
   }
 
  private:
@@ -109,46 +113,47 @@ class PagedLoader {
   PageQueue<Traits> pages_;
 };
 
-// Boxes that lie inside one page: the tile's largest power of two that divides a page.
+// Boxes that lie inside one page: the tile's largest power of two that divides a page. By one lane, box
+// after box: asking the other lanes where each lies would take longer than looking it up.
 template <class Traits>
 class PagedTmaLoader : public PagedLoader<Traits> {
  public:
-  __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
-      : PagedLoader<Traits>(pages), maps_(maps) {}
+  __device__ __forceinline__ PagedTmaLoader(const DecodeParams& params, const TensorMaps& maps,
+                                            const PageQueue<Traits>& pages)
+      : PagedLoader<Traits>(pages), maps_(maps), page_size_(params.page_size) {}
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
                                        const Ring<Traits>& ring) const {
 #if LEANATTN_ARCH >= 900
-    static_assert(Traits::kTile >> kMinBoxRowsLog2 <= 32, "a tile has at most one box a lane");
+    if (!cute::elect_one_sync()) return;
     const KeyRange rows = this->pages_.rows(segment, tile_token);
     const bool whole = rows.begin == 0 && rows.end == Traits::kTile;
     const CUtensorMap* map = whole ? &cache.maps->tile : &cache.maps->rows;
     const int box_rows_log2 = whole ? maps_.tile_box_rows_log2 : maps_.rows_box_rows_log2;
     const int first = rows.begin >> box_rows_log2;
     const int last = ((rows.end - 1) >> box_rows_log2) + 1;
-    // Where the boxes lie, one a lane; the elected lane asks for one after the other.
-    CacheRow mine{};
-    const int my_box = first + threadIdx.x % 32;
-    if (my_box < last) mine = this->pages_.find(tile_token + (my_box << box_rows_log2));
-    if (cute::elect_one_sync()) {
-      cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
-          ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
-    }
+    cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
+        ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
+    const int token = tile_token + (first << box_rows_log2);
+    int index = token / page_size_;
+    int row_of_page = token - index * page_size_;
+    uint8_t* box_smem = ring.stage_smem() + (first << box_rows_log2) * 128;
 #pragma unroll 1
     for (int box = first; box < last; ++box) {
-      const int page = __shfl_sync(~0u, mine.page, box - first);
-      const int row_of_page = __shfl_sync(~0u, mine.row, box - first);
-      if (cute::elect_one_sync()) {
-        uint8_t* box_smem = ring.stage_smem() + (box << box_rows_log2) * 128;
+      const int page = this->pages_.page(index);
 #pragma unroll
-        for (int block = 0; block < Traits::kColumnBlocks; ++block) {
-          cute::SM90_TMA_LOAD_4D::copy(
-              map, ring.full_barrier(),
-              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-              box_smem + block * (Traits::kTile * 128), block * Traits::kBlockColumns, row_of_page,
-              segment.head, page);
-        }
+      for (int block = 0; block < Traits::kColumnBlocks; ++block) {
+        cute::SM90_TMA_LOAD_4D::copy(
+            map, ring.full_barrier(), static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+            box_smem + block * (Traits::kTile * 128), block * Traits::kBlockColumns, row_of_page,
+            segment.head, page);
+      }
+      box_smem += 128 << box_rows_log2;
+      row_of_page += 1 << box_rows_log2;
+      if (row_of_page == page_size_) {
+        row_of_page = 0;
+        ++index;
       }
     }
 #endif
@@ -156,6 +161,7 @@ class PagedTmaLoader : public PagedLoader<Traits> {
 
  private:
   const TensorMaps& maps_;
+  FastDivisor page_size_;
 };
 
 // Any page size, by both producer warps. A lane works out where one row in 32 lies and the others ask it.

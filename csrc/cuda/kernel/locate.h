@@ -20,43 +20,34 @@ struct Max {
   __device__ __forceinline__ int operator()(int a, int b) const { return max_of(a, b); }
 };
 
-// Those who look together. scan(): exclusive, from `identity`, over all of them; and the total.
+// Those who look together. scan(): exclusive, from `identity`, over all of them; and the total. Sums and
+// maxima come by reductions, not by shuffles, where that can be: then the compiler knows that they are
+// the same in all lanes, and so is the walk that begins with them, which makes for shorter code.
 struct WarpGroup {
   static constexpr int kThreads = 32;
 
   __device__ __forceinline__ int index() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int total(int value) const { return __reduce_add_sync(~0u, value); }
+  __device__ __forceinline__ int largest(int value) const { return __reduce_max_sync(~0u, value); }
 
   template <class Op>
-  __device__ __forceinline__ int scan(int value, int identity, Op op, int& total) const {
+  __device__ __forceinline__ int scan(int value, int identity, Op op) const {
     int inclusive = value;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int other = __shfl_up_sync(~0u, inclusive, distance);
       if (index() >= distance) inclusive = op(other, inclusive);
     }
-    total = __shfl_sync(~0u, inclusive, 31);
     const int before = __shfl_up_sync(~0u, inclusive, 1);
     return index() == 0 ? identity : before;
   }
 
-  __device__ __forceinline__ int largest(int value) const {
-    for (int distance = 1; distance < 32; distance *= 2) {
-      value = max_of(value, __shfl_xor_sync(~0u, value, distance));
-    }
-    return value;
-  }
-
-  // What the one who has it found, for all.
+  // What the one who has found it brings, for all; 0 where nobody has. No number is negative.
   __device__ __forceinline__ void share(bool found, Position& position, Sequence& sequence) const {
-    const unsigned lanes = __ballot_sync(~0u, found);
-    if (lanes == 0) return;
-    const int lane = __ffs(static_cast<int>(lanes)) - 1;
-    position.seq = __shfl_sync(~0u, position.seq, lane);
-    position.query_begin = __shfl_sync(~0u, position.query_begin, lane);
-    position.line = __shfl_sync(~0u, position.line, lane);
-    sequence.length = __shfl_sync(~0u, sequence.length, lane);
-    sequence.query_begin = __shfl_sync(~0u, sequence.query_begin, lane);
-    sequence.num_queries = __shfl_sync(~0u, sequence.num_queries, lane);
+    const auto of_finder = [&](int number) { return largest(found ? number : 0); };
+    position = {of_finder(position.seq), of_finder(position.query_begin), of_finder(position.line)};
+    sequence = {of_finder(sequence.length), of_finder(sequence.query_begin),
+                of_finder(sequence.num_queries)};
   }
 };
 
@@ -68,26 +59,17 @@ struct CtaGroup {
 
   __device__ __forceinline__ int index() const { return threadIdx.x; }
 
-  template <class Op>
-  __device__ __forceinline__ int scan(int value, int identity, Op op, int& total) const {
-    int of_warp;
-    const int before_in_warp = WarpGroup{}.scan(value, identity, op, of_warp);
-    __syncthreads();  // the scan before has been read
-    if (threadIdx.x % 32 == 0) smem.scan[threadIdx.x / 32] = of_warp;
-    __syncthreads();  // the warps' totals are there
-    int before = identity;
-    total = identity;
-    for (int warp = 0; warp < kThreads / 32; ++warp) {
-      if (warp == static_cast<int>(threadIdx.x) / 32) before = total;
-      total = op(total, smem.scan[warp]);
-    }
-    return op(before, before_in_warp);
+  __device__ __forceinline__ int total(int value) const {
+    return combine(__reduce_add_sync(~0u, value), 0, Sum{}).all;
   }
-
   __device__ __forceinline__ int largest(int value) const {
-    int all;
-    scan(value, 0, Max{}, all);
-    return all;
+    return combine(__reduce_max_sync(~0u, value), 0, Max{}).all;
+  }
+  template <class Op>
+  __device__ __forceinline__ int scan(int value, int identity, Op op) const {
+    const int before_in_warp = WarpGroup{}.scan(value, identity, op);
+    const int of_warp = __shfl_sync(~0u, op(before_in_warp, value), 31);
+    return op(combine(of_warp, identity, op).before, before_in_warp);
   }
 
   __device__ __forceinline__ void share(bool found, Position& position, Sequence& sequence) const {
@@ -98,6 +80,24 @@ struct CtaGroup {
     __syncthreads();  // it is there
     position = smem.place.start;
     sequence = smem.place.sequence;
+  }
+
+ private:
+  struct Combined {
+    int before, all;  // of the warps before this one, and of all
+  };
+
+  template <class Op>
+  __device__ __forceinline__ Combined combine(int of_warp, int identity, Op op) const {
+    __syncthreads();  // what came before has been read
+    if (threadIdx.x % 32 == 0) smem.scan[threadIdx.x / 32] = of_warp;
+    __syncthreads();  // every warp's is there
+    Combined combined{identity, identity};
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp == static_cast<int>(threadIdx.x) / 32) combined.before = combined.all;
+      combined.all = op(combined.all, smem.scan[warp]);
+    }
+    return combined;
   }
 };
 
@@ -112,9 +112,9 @@ __device__ __forceinline__ bool needs_all_threads(const DecodeParams& params) {
 }
 
 // kStripe: sequences a thread has at most; plain ones are asked for at once. 0: any number.
-template <class Traits, int kStripe, class Group>
+template <class Traits, int kStripe, class Group, class Meanwhile>
 __device__ __forceinline__ Place locate_among(const DecodeParams& params, int unit,
-                                              const Group& group) {
+                                              const Group& group, const Meanwhile& meanwhile) {
   constexpr bool kPlain = Traits::kPlainItems;
   const Problem& problem = params.problem;
   const Layout& layout = params.layout;
@@ -126,14 +126,18 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
   const int first = min_of(group.index() * stripe, problem.batch);
   const int last = min_of(first + stripe, problem.batch);
   // Calls visit(seq, sequence) for the thread's sequences, until it says that it is enough.
-  const auto for_each_sequence = [&](int query_begin, const auto& visit) {
-    if constexpr (kStripe > 0 && kPlain) {
-      int lengths[kStripe];
+  constexpr bool kAtOnce = kStripe > 0 && kPlain;
+  int lengths[kAtOnce ? kStripe : 1];
+  if constexpr (kAtOnce) {
 #pragma unroll
-      for (int i = 0; i < kStripe; ++i) {
-        const int seq = min_of(first + i, problem.batch - 1);
-        lengths[i] = load_sequence<kPlain>(problem, seq, 0).length;
-      }
+    for (int i = 0; i < kStripe; ++i) {
+      const int seq = min_of(first + i, problem.batch - 1);
+      lengths[i] = load_sequence<kPlain>(problem, seq, 0).length;
+    }
+  }
+  meanwhile();
+  const auto for_each_sequence = [&](int query_begin, const auto& visit) {
+    if constexpr (kAtOnce) {
 #pragma unroll
       for (int i = 0; i < kStripe; ++i) {
         if (first + i < last && visit(first + i, Sequence{lengths[i], 0, 1})) break;
@@ -155,8 +159,7 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
     for (int seq = first; seq < last; ++seq) {
       largest = max_of(largest, problem.cu_seqlens_q[(seq + 1) * problem.cu_seqlens_q_stride]);
     }
-    int all;
-    query_begin = group.scan(largest, first_query_row(problem), Max{}, all);
+    query_begin = group.scan(largest, first_query_row(problem), Max{});
     query_begin = clamp_to(query_begin, first_query_row(problem), problem.total_q);
   }
 
@@ -168,8 +171,7 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
     longest = max_of(longest, of_head);
     return false;
   });
-  int num_tiles;
-  const int line = group.scan(tiles, 0, Sum{}, num_tiles);
+  const int num_tiles = group.total(tiles);
   if (place.in_teams) {
     // Row blocks of a sequence are close to alike.
     const int of_item = group.largest(longest);
@@ -181,6 +183,7 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
     if (place.in_teams) return place;
   }
 
+  const int line = group.scan(tiles, 0, Sum{});
   place.shares = make_shares(num_tiles, layout.num_units);
   const int wanted = place.shares.is_idle(unit) ? -1 : place.shares.begin(unit);
   const bool found = line <= wanted && wanted < line + tiles;
@@ -205,33 +208,37 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
 template <class Traits>
 LEANATTN_OUT_OF_LINE void locate_by_all(const DecodeParams& params,
                                         typename Traits::SharedStorage& smem) {
-  const Place place = locate_among<Traits, 0>(params, blockIdx.x, CtaGroup<Traits>{smem});
+  const Place place = locate_among<Traits, 0>(params, blockIdx.x, CtaGroup<Traits>{smem}, [] {});
   __syncthreads();  // the start has been read
   if (threadIdx.x == 0) smem.place = place;
   __syncthreads();  // the place is there
 }
 
-// By a warp: the walk of the unit's share.
-template <class Traits>
+// By a warp: the walk of the unit's share. meanwhile(): what there is to do on the way to memory.
+template <class Traits, class Meanwhile>
 __device__ __forceinline__ Walker<Traits::kPlainItems> locate(
-    const DecodeParams& params, int unit, const typename Traits::SharedStorage& smem) {
+    const DecodeParams& params, int unit, const typename Traits::SharedStorage& smem,
+    const Meanwhile& meanwhile) {
   constexpr bool kPlain = Traits::kPlainItems;
   const Problem& problem = params.problem;
   Place place;
   if (has_teams_for_sure(params)) {
     place.in_teams = true;
     place.sequence = load_team_sequence<kPlain>(problem, params.layout, unit);
+    meanwhile();
   } else if (params.is_uniform) {
+    meanwhile();
     place.in_teams = false;
     place.shares = params.uniform.shares;
     place.start = params.uniform.start(unit);
     place.sequence = load_sequence<kPlain>(problem, 0, 0);
   } else if (needs_all_threads(params)) {
     place = smem.place;
+    meanwhile();
   } else if (kPlain && problem.batch <= 32) {
-    place = locate_among<Traits, 1>(params, unit, WarpGroup{});
+    place = locate_among<Traits, 1>(params, unit, WarpGroup{}, meanwhile);
   } else {
-    place = locate_among<Traits, kWarpStripe>(params, unit, WarpGroup{});
+    place = locate_among<Traits, kWarpStripe>(params, unit, WarpGroup{}, meanwhile);
   }
   if (place.in_teams) {
     return Walker<kPlain>(problem, params.layout, unit, place.sequence, params.uniform);

@@ -4,6 +4,7 @@
 
 #include "loaders_paged.h"
 #include "task_queue.h"
+#include "timeline.h"
 
 namespace leanattn {
 
@@ -36,11 +37,14 @@ __device__ __forceinline__ void produce(const DecodeParams& params, const Tensor
       ring.wait_empty();
       loader.load(view_cache<Traits>(params, maps, stage), segment, tile_token, ring);
       ring.advance();
+      mark(params, Mark::kFirstKeys, !is_set_up && stage == 0 && threadIdx.x % 32 == 0);
       if (stage == 0 && is_first && has_tasks) tasks.copy_queries(params, segment);
+      mark(params, Mark::kFirstQuery, !is_set_up && stage == 0 && threadIdx.x % 32 == 0);
     }
     if (!is_set_up) {
       set_up();
       is_set_up = true;
+      mark(params, Mark::kSetUp, threadIdx.x % 32 == 0);
     }
     if (is_first && has_tasks) tasks.push(params, walker.shares(), segment);
   }

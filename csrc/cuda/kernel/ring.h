@@ -11,13 +11,11 @@ namespace leanattn {
 struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
-  bool is_first_round = true;
 
   __device__ __forceinline__ void advance(int num_stages) {
     if (++stage == num_stages) {
       stage = 0;
       phase ^= 1;
-      is_first_round = false;
     }
   }
 };
@@ -37,31 +35,22 @@ class Ring {
   __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages, bool bulk_copies)
       : smem_(smem), num_stages_(num_stages), bulk_copies_(bulk_copies) {}
 
-  // By one lane of the producer, before its first copy: the barriers of the first tile's stages alone.
-  // `arrivals` fill a stage.
-  __device__ __forceinline__ void init_first(int arrivals) {
-    ptx::mbarrier_init(&smem_.full[0], arrivals);
-    if (Traits::kMaxStages > 1) ptx::mbarrier_init(&smem_.full[1], arrivals);
-  }
-  // All others, before the set-up barrier.
-  __device__ __forceinline__ void init_rest(int arrivals) {
-#pragma unroll
-    for (int stage = 0; stage < Traits::kMaxStages; ++stage) {  // all: a few stores, and no loop
-      if (stage > 1) ptx::mbarrier_init(&smem_.full[stage], arrivals);
-      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
-    }
-  }
+  // By one lane of the producer: the barriers of the first tile's stages, before its first copy, and all
+  // others, before the set-up barrier. `arrivals` fill a stage.
+  __device__ __forceinline__ void init_first(int arrivals) { init(0, 2, arrivals); }
+  __device__ __forceinline__ void init_rest(int arrivals) { init(2, Traits::kMaxStages, arrivals); }
 
+  __device__ __forceinline__ uint8_t* stages_smem() const {
+    return reinterpret_cast<uint8_t*>(&smem_) + Traits::kRingOffset;
+  }
   __device__ __forceinline__ uint8_t* stage_smem() const {
-    return reinterpret_cast<uint8_t*>(&smem_) + Traits::kRingOffset +
-           position_.stage * Traits::kStageBytes;
+    return stages_smem() + position_.stage * Traits::kStageBytes;
   }
   __device__ __forceinline__ uint64_t* full_barrier() const { return &smem_.full[position_.stage]; }
 
-  // Producer: until every consumer warp has read the stage. Not in the first round, which begins before
-  // the barriers are initialised.
+  // Producer: until every consumer warp has read the stage. A fresh barrier counts as just past the
+  // phase of parity 1, so that the first round does not wait.
   __device__ __forceinline__ void wait_empty() const {
-    if (position_.is_first_round) return;
     ptx::mbarrier_wait_parity(&smem_.empty[position_.stage], position_.phase ^ 1);
     // No lane may fall a whole round behind the one that copies: it would wait for a phase long gone.
     __syncwarp();
@@ -86,6 +75,14 @@ class Ring {
   __device__ __forceinline__ int num_stages() const { return num_stages_; }
 
  private:
+  __device__ __forceinline__ void init(int begin, int end, int arrivals) {
+#pragma unroll
+    for (int stage = begin; stage < end; ++stage) {  // a few stores, and no loop
+      ptx::mbarrier_init(&smem_.full[stage], arrivals);
+      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
+    }
+  }
+
   SharedStorage& smem_;
   int num_stages_;
   bool bulk_copies_;

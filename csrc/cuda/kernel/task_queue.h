@@ -24,16 +24,10 @@ class TaskQueue {
   __device__ __forceinline__ TaskQueue(SharedStorage& smem, bool bulk_copies)
       : smem_(smem), bulk_copies_(!Traits::kWgmma && bulk_copies) {}
 
-  // By one lane of the producer, before its first copy: the first task's barrier alone.
-  __device__ __forceinline__ void init_first() { init_full(0); }
-  // The others, before the set-up barrier.
-  __device__ __forceinline__ void init_rest() {
-#pragma unroll
-    for (int task = 0; task < Traits::kTasks; ++task) {
-      if (task > 0) init_full(task);
-      ptx::mbarrier_init(&smem_.task_empty[task], Traits::kConsumerWarps);
-    }
-  }
+  // By one lane of the producer: the first task's barriers, before its first copy, and the others, before
+  // the set-up barrier.
+  __device__ __forceinline__ void init_first() { init(0, 1); }
+  __device__ __forceinline__ void init_rest() { init(1, Traits::kTasks); }
 
   // Producer, whole warp: has the segment's q brought, when the consumers have left room.
   __device__ __forceinline__ void copy_queries(const DecodeParams& params, const Segment& segment) {
@@ -120,10 +114,12 @@ class TaskQueue {
   // taken into fp16's range by a power of two, and the products back by task.q_factors.
   static __device__ __forceinline__ void narrow_queries(const DecodeParams& params, Task& task) {
     constexpr int kLanes = min_of(kRowChunks, 32);
+    constexpr int kRowsAtOnce = 32 / kLanes;  // by a warp, which stays together for its shuffles
     const bool is_bf16 = is_bfloat16<Traits>(params);
 #pragma unroll 1
-    for (int row = threadIdx.x / kLanes; row < task.num_rows;
-         row += Traits::kConsumerThreads / kLanes) {
+    for (int first = threadIdx.x / 32 * kRowsAtOnce; first < task.num_rows;
+         first += Traits::kConsumerWarps * kRowsAtOnce) {
+      const int row = first + threadIdx.x % 32 / kLanes;
       const int lane = threadIdx.x % kLanes;
       const float factor = is_bf16 ? narrow_row<kLanes>(task.q, row, lane) : 1.0f;
       if (lane == 0) task.q_factors[row] = factor;
@@ -139,18 +135,20 @@ class TaskQueue {
     return &smem_.task_full[position_.stage];
   }
 
-  __device__ __forceinline__ void init_full(int task) const {
-    // One lane when the task is written, and by cp.async every lane when its part of q has landed; bulk
-    // copies are counted in bytes.
-    ptx::mbarrier_init(&smem_.task_full[task], bulk_copies_ ? 1 : 32 + 1);
+  __device__ __forceinline__ void init(int begin, int end) const {
+#pragma unroll
+    for (int task = begin; task < end; ++task) {
+      // One lane when the task is written, and by cp.async every lane when its part of q has landed; bulk
+      // copies are counted in bytes.
+      ptx::mbarrier_init(&smem_.task_full[task], bulk_copies_ ? 1 : 32 + 1);
+      ptx::mbarrier_init(&smem_.task_empty[task], Traits::kConsumerWarps);
+    }
   }
 
-  // Not in the first round, which begins before the barriers are initialised.
+  // A fresh barrier counts as just past the phase of parity 1; see Ring.
   __device__ __forceinline__ Task& wait_for_room() const {
-    if (!position_.is_first_round) {
-      ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
-      __syncwarp();  // no lane may fall a whole round behind: it would wait for a phase long gone
-    }
+    ptx::mbarrier_wait_parity(&smem_.task_empty[position_.stage], position_.phase ^ 1);
+    __syncwarp();  // no lane may fall a whole round behind: it would wait for a phase long gone
     return smem_.tasks[position_.stage];
   }
 

@@ -182,9 +182,14 @@ struct DecodeTraits {
   static constexpr int kMergePitch = kHeadDimV + (kWgmma ? 8 : 4);
 
   static constexpr int kMaxStages = 227 * 1024 / kStageBytes;  // a CTA of sm_90 has so much memory
+  // The fixup's partials, of four elements a thread: they come into the ring, so many at least at a time.
+  static constexpr int kPartialsAtOnce = 4;
+  static constexpr int kPartialBytes = kConsumerThreads * (sizeof(float4) + sizeof(float2));
   // With more than one step the keys are still needed when the values are waited for. Else one stage
   // is slow but works: K is released before V needs the room.
-  static constexpr int kFewestStages = (kWgmma && kSteps > 1) || Features::kFixedLoader ? 2 : 1;
+  static constexpr int kFewestStages =
+      max_of((kWgmma && kSteps > 1) || Features::kFixedLoader ? 2 : 1,
+             ceil_div(kPartialsAtOnce* kPartialBytes, kStageBytes));
   // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
   static constexpr int kPageSlots = kWide ? 16 : 8;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : kMovesRegisters ? 1 : 2;

@@ -34,6 +34,11 @@ struct SM80_CP_ASYNC_CACHEALWAYS_ZFILL {
 };
 
 template <class T>
+struct SM80_CP_ASYNC_CACHEGLOBAL {
+  static void copy(const T& from, T& to) { cp_async(&to, &from, sizeof(T), true); }
+};
+
+template <class T>
 struct SM80_CP_ASYNC_CACHEALWAYS {
   static void copy(const T& from, T& to) { cp_async(&to, &from, sizeof(T), true); }
 };
