@@ -192,7 +192,9 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
 #endif
     }
     __syncwarp();
-    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+    // Of those who wait alone: a warp that has left would seem to be missing at a barrier of all threads.
+    ptx::bar_arrive(kSetupBarrier, Traits::kConsumerThreads + 32);
+    if (!by_tma) ptx::bar_arrive(kHelperBarrier, 64);
   };
   // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
   // anything that this one reads, and what this one writes it may still read.
@@ -208,7 +210,7 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
     if (is_producer) {
       set_up();  // before the first copy, since the helper copies too
     } else {
-      ptx::bar_sync(kSetupBarrier, Traits::kThreads);
+      ptx::bar_sync(kHelperBarrier, 64);
     }
     const KeyRange part = half_tile<Traits>(!is_producer);
     PageQueue<Traits> pages(params, walker, part, false, smem.page_ids[!is_producer]);
@@ -250,7 +252,7 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
     }
     tasks.clear_columns(params.head_dim);
-    ptx::bar_sync(kSetupBarrier, Traits::kThreads);
+    ptx::bar_sync(kSetupBarrier, Traits::kConsumerThreads + 32);
     if constexpr (Traits::kTree) {
       consume_in_tree<Traits>(params, blockIdx.x, room, ring, tasks, smem);
     } else {
@@ -264,9 +266,8 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   const bool is_producer = warp == Traits::kProducerWarp;
   if (is_producer || (warp == Traits::kHelperWarp && !uses_tma<Traits>(maps))) {
     bring_share<Traits>(params, maps, is_producer, ring, tasks, smem);
-  } else {
-    if (warp == Traits::kHelperWarp) fetch_descriptors(maps);
-    ptx::bar_arrive(kSetupBarrier, Traits::kThreads);
+  } else if (warp == Traits::kHelperWarp) {
+    fetch_descriptors(maps);
     ptx::wait_for_previous_kernel();
   }
   if (warp == Traits::kHelperWarp) write_empty_rows<Traits>(params);

@@ -50,8 +50,9 @@ struct RoomPlan {
 
 // The CTA's hardware barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;  // among the consumer warps
-constexpr int kSetupBarrier = 2;     // the others wait for the producer's set-up
-constexpr int kSliceBarrier = 3;     // and more: among the warps that share a slice
+constexpr int kSetupBarrier = 2;     // the consumers wait for the producer's set-up
+constexpr int kHelperBarrier = 3;    // the helper does, where it copies
+constexpr int kSliceBarrier = 4;     // and more: among the warps that share a slice
 
 enum class Kind {
   kMma,    // products by mma
