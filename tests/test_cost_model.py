@@ -75,3 +75,28 @@ def test_nothing_that_fits_is_thought_faster(headers, count, tiles, tile_bytes):
 def test_no_tile_and_no_item(headers, machine):
     for count, tiles in ((0, 4), (4, 0), (0, 0)):
         assert choose(headers, machine, count, tiles).layout.num_units >= 1
+
+
+@pytest.mark.parametrize(
+    "count, tiles, tile_bytes, units, team_size, items_per_team",
+    [
+        (160, 32, TILE, 80, 1, 2),  # b16 40/10 s4096: 80.4 us, stream-K 87.4
+        (1024, 8, TILE, 128, 1, 8),  # b128 32/8 s1024: 127 us, stream-K 135
+        (8, 8, TILE, 64, 8, 1),  # b1 32/8 s1024: 6.0 us, teams of 8 7.6
+    ],
+)
+def test_what_an_h200_was_fastest_with(
+    headers, machine, count, tiles, tile_bytes, units, team_size, items_per_team
+):
+    layout = choose(headers, machine, count, tiles, tile_bytes).layout
+    assert (layout.num_units, layout.team_size, layout.items_per_team) == (
+        units,
+        team_size,
+        items_per_team,
+    )
+
+
+def test_long_items_of_few_heads_go_to_more_sms_than_a_cluster_has(headers, machine):
+    choice = choose(headers, machine, 4, 1024)  # b1 28/4 s131072
+    assert not choice.is_clustered
+    assert choice.layout.num_units > 4 * 8

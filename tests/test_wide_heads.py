@@ -52,8 +52,11 @@ def test_latent_without_forced_units(device, dtype):
 
 @pytest.mark.parametrize("heads", [16, 64])
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_a_view_has_the_bits_of_a_copy(batch_invariant, heads, device, dtype):
-    """Of values in the keys: one copy from memory, or two."""
+def test_a_view_has_the_bits_of_a_copy(batch_invariant, heads, device, dtype, force_units):
+    """Of values in the keys: one copy from memory, or two, cut alike. By itself the layout counts
+    the bytes to be read, and may cut the two differently."""
+    if not batch_invariant:
+        force_units(7)
     case = make_case(device, dtype, **LATENT, heads=(heads, 1), lengths=(300, 90), seqlen_q=2)
     expected = run(case, batch_invariant=batch_invariant)
     case["v_cache"] = case["v_cache"].contiguous()

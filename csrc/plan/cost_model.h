@@ -1,6 +1,8 @@
 // Which layout a launch uses: whole items, one item a team or a cluster, or stream-K. All that the
-// choice rests on is here, each constant with where it comes from. None of them has been measured
-// with this kernel yet; `python -m bench.tune` compares the choice with every other one.
+// choice rests on is here, each constant with where it comes from; `python -m bench.tune` compares the
+// choice with every other one, and what it printed for 119 shapes on an H200 is what the constants of v11
+// of bench/VERSIONS.md were fitted to. It knows of reading alone, not of arithmetic: items of 64 rows and
+// more, whose units cannot multiply as fast as the memory reads, would want more units than it gives them.
 //
 // Host only, no CUDA. Times in us, as differences between layouts: what all pay is left out.
 #pragma once
@@ -22,12 +24,13 @@ struct Machine {
   std::array<int, kMaxClusterSize + 1> max_clusters;
 };
 
-// What the fixups of one item cost after its last tile. Estimates, from an in-kernel timeline and
-// the figures of an earlier kernel, v4 of bench/VERSIONS.md, which had stream-K alone.
-constexpr double kStreamKFixupUs = 2.8;    // partials, ticket, merge, and a second segment's start
-constexpr double kTeamFixupUs = 2.2;       // partials, ticket, merge
-constexpr double kClusterFixupUs = 0.9;    // a cluster barrier, and distributed shared memory
+// What the fixups of one item cost after its last tile. All but the merge's rate are fitted, see above. What
+// no layout avoids is left out, and so a cluster's is next to nothing.
+constexpr double kStreamKFixupUs = 5.5;    // partials, ticket, merge, and a second segment's start
+constexpr double kTeamFixupUs = 4.5;       // partials, ticket, merge
+constexpr double kClusterFixupUs = 0.1;    // a cluster barrier, and distributed shared memory
 constexpr double kMergeBytesPerUs = 60e3;  // of partials, by one CTA
+constexpr double kStreamKSlower = 1.01;    // to read, fitted too
 
 // What part of the memory's speed n of all SMs reach, by a prototype that only reads: 128 MiB on an
 // H200 took 132 SMs 31.0 us, 120 31.3, 112 31.7, 96 33.7, 64 33.9, 48 34.5, 32 38.6.
@@ -83,7 +86,7 @@ inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num
   const bool cuts = small > 0 && (more > 0 || small % std::max(items.tiles, 1) != 0);
   if (cuts) {
     const double partials = std::ceil(static_cast<double>(items.tiles) / small) + 1;
-    us += kStreamKFixupUs + partials * items.partial_bytes / kMergeBytesPerUs;
+    us = us * kStreamKSlower + kStreamKFixupUs + partials * items.partial_bytes / kMergeBytesPerUs;
   }
   return {{units, 0, 1, 1, 0, 0, 1}, false, us};
 }
@@ -115,11 +118,14 @@ inline LayoutChoice teams(const Items& items, const Machine& machine, int size, 
   return choice;
 }
 
+// Clusters of even sizes alone: of 119 shapes on an H200, an odd one was ahead of all other layouts by 1 to
+// 2% in three, and mostly behind the even sizes beside it, by up to 78%.
 inline bool fits(const Items& items, const Machine& machine, int size, bool clustered) {
   if (size == 1) return !clustered;
   if (size > items.tiles) return false;
-  return clustered ? size <= kMaxClusterSize && items.count <= machine.max_clusters[size]
-                   : int64_t{items.count} * size <= machine.num_sms;
+  return clustered
+             ? size % 2 == 0 && size <= kMaxClusterSize && items.count <= machine.max_clusters[size]
+             : int64_t{items.count} * size <= machine.num_sms;
 }
 
 inline LayoutChoice choose_layout(const Items& items, const Machine& machine) {
