@@ -1,6 +1,7 @@
 """bench.in_model without a GPU: its layers, its arithmetic, its table and plot, and its command."""
 
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench takes it off again unless leanattn is built in place
 
-from bench import data, in_model, plot, results, runner, shapes, tables, timing  # noqa: E402
+from bench import data, in_model, plot, results, runner, shapes, tables, timeline, timing  # noqa: E402
 from bench.implementations import IMPLEMENTATIONS, Prepared  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -291,6 +292,15 @@ def test_who_refuses_the_queries_of_a_model_says_why(tmp_path, monkeypatch):
     in_model.main([*ARGUMENTS, "--impl", "math", "--shape", "4/4", "--csv", str(path)])
     _, (row,) = results.read(path)
     assert row.layer_us is None and row.reason.endswith("of a model: q must be contiguous")
+
+
+def test_the_timeline_has_the_kernels_marks():
+    header = (ROOT / "csrc" / "core" / "params.h").read_text()
+    marks = (ROOT / "csrc" / "cuda" / "kernel" / "timeline.h").read_text()
+    marks = re.search(r"enum class Mark \{(.*?)\n\};", marks, re.DOTALL)[1]
+    assert f"kMaxTimelineUnits = {timeline.MAX_UNITS};" in header
+    assert f"kNumMarks = {len(timeline.MARKS)};" in header
+    assert len(re.findall(r"^ *k\w+,", marks, re.MULTILINE)) == len(timeline.MARKS)
 
 
 @pytest.mark.parametrize("arguments, message", [

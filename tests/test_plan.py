@@ -8,7 +8,7 @@ from conftest import native_folder
 
 # An H200's: 132 SMs, clusters of 2 to 8 CTAs at once.
 H200 = dict(capability=90, row_counts=[8, 16, 32, 64, 128], num_sms=132,
-            max_clusters=[0, 0, 66, 42, 32, 24, 20, 16, 15])  # fmt: skip
+            max_clusters=[0, 0, 66, 42, 30, 24, 20, 15, 15])  # fmt: skip
 A100 = dict(capability=80, row_counts=[8, 16, 32, 64], num_sms=108, max_clusters=[])
 KNOBS = ["LEANATTN_LAYOUT", "LEANATTN_NUM_UNITS", "LEANATTN_HEAD_PAIRS"]
 

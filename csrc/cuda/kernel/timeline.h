@@ -22,7 +22,7 @@ enum class Mark {
 #ifdef LEANATTN_TIMELINE
 // By one thread.
 __device__ __forceinline__ void mark(const DecodeParams& params, Mark mark, bool condition = true) {
-  if (!condition || !params.timeline) return;
+  if (!condition || !params.timeline || blockIdx.x >= kMaxTimelineUnits) return;
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns)::"memory");
   params.timeline[blockIdx.x * kNumMarks + static_cast<int>(mark)] = ns;

@@ -76,8 +76,7 @@ struct Float16 {
 struct AllFeatures {
   static constexpr bool kPlainItems = false;    // no others: schedule.h
   static constexpr bool kScaledScores = false;  // no softcap, ALiBi, sinks
-  static constexpr bool kFixedLoader =
-      false;  // the fastest that the architecture has, and no other
+  static constexpr bool kFixedLoader = false;   // the architecture's fastest, and no other
   // Of those that differ by a run-time parameter, here none is left out:
   static constexpr bool kPaged = true, kContiguous = true;  // caches
   static constexpr bool kFloat16 = true, kBFloat16 = true;  // q and out
@@ -119,8 +118,8 @@ struct DecodeTraits {
   // Registers are handed over by whole warpgroups; the two warps more only bring their own.
   static constexpr bool kMovesRegisters = kWgmma && kWide;
   static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 64);
-  static constexpr int kConsumerRegisters =
-      216;  // 2 * 216 + 72 = 3 * 168, which 12 warps are given
+  // 2 * 216 + 72 = 3 * 168, which 12 warps are given.
+  static constexpr int kConsumerRegisters = 216;
   static constexpr int kProducerRegisters = 72;
 
   // A warp's part of the [tokens, rows, Dv] space. wgmma has 16 of 64 rows for each of its warps,
