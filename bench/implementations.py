@@ -117,10 +117,6 @@ def _cp_async():
     return environment(LEANATTN_LOADER="cp_async")
 
 
-def _mma():
-    return environment(LEANATTN_MMA="mma")
-
-
 def _dependent_launch():
     return environment(LEANATTN_PDL="1")
 
@@ -448,7 +444,6 @@ IMPLEMENTATIONS = [
     Implementation("leanattn-counters", _leanattn(with_counters=True)),
     Implementation("leanattn-no_lengths", _leanattn(with_lengths=False), is_default=False),
     Implementation("leanattn-cp_async", _leanattn(), _cp_async, is_default=False),
-    Implementation("leanattn-mma", _leanattn(), _mma, is_default=False),
     Implementation("leanattn-pdl", _leanattn(), _dependent_launch, is_default=False),
     Implementation("leanattn-batch_invariant", _leanattn(batch_invariant=True), is_default=False),
     Implementation("cudnn", _sdpa(), _backend(SDPBackend.CUDNN_ATTENTION)),

@@ -28,7 +28,6 @@ KNOBS = {
         *(f"clusters:{n}" for n in range(2, 9)),
     ),
     "LEANATTN_LOADER": ("tma", "cp_async"),
-    "LEANATTN_MMA": ("wgmma", "mma"),
     "LEANATTN_HEAD_PAIRS": ("0", "1"),
 }
 ALLOWED_LOSS = 0.03

@@ -397,12 +397,18 @@ class _NoBackwardInPlace(torch.autograd.function._SingleLevelFunction):
 
 def has_tangent(*tensors):
     """Whether a forward-mode derivative is being taken with respect to one of the tensors."""
-    forward_ad = torch.autograd.forward_ad
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    jvp = torch._C._functorch.TransformType.Jvp
-    if forward_ad._current_level < 0 and all(transform.key() != jvp for transform in transforms):
+    if not _may_have_tangents():
         return False
-    return any(forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors)
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(t, level=0).tangent is not None for t in tensors)
+
+
+def _may_have_tangents():
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack()
+    jvp = torch._C._functorch.TransformType.Jvp
+    return bool(transforms) and any(transform.key() == jvp for transform in transforms)
 
 
 def _register_autograd(op):
@@ -417,13 +423,16 @@ def _register_autograd(op):
     ]
 
     def kernel(keyset, *args, **kwargs):
+        needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs)
+        if not (written or needs_grad or _may_have_tangents()):  # nearly every call: at once
+            return op.redispatch(keyset & after_autograd, *args, **kwargs)
         if has_tangent(*(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))):
             _raise_no_derivative()
         outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
         results = [args[i] if i < len(args) else kwargs[name] for i, name in written]
         for result in results:
             torch.autograd.graph.increment_version(result)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs):
+        if needs_grad:
             inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
             with enable_single_level_autograd_function():
                 for result in results:

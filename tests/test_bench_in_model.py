@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # bench takes it off again unless leanattn is built in place
 
-from bench import data, in_model, plot, results, runner, shapes, tables, timeline, timing  # noqa: E402
+from bench import data, in_model, plot, readme, results, runner, shapes, tables, timeline, timing  # noqa: E402
 from bench.implementations import IMPLEMENTATIONS, Prepared  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -325,3 +325,22 @@ def test_a_run_on_the_gpu(device, tmp_path):
     assert measured == {shape.name for shape in TINY}
     # Of shapes so small the difference of two times may be anything.
     assert all(math.isfinite(row.model_us) for row in written if row.layer_us)
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def test_the_figures_of_readme_are_those_of_the_results():
+    """`python -m bench.readme` puts them there."""
+    assert readme.BEGIN + readme.figures() + readme.END in (ROOT / "README.md").read_text()
+
+
+def test_behind_is_more_than_a_tie():
+    def row(name, us):
+        whole = {"layer_us": us, "base_us": 0.0, "base_after_us": 0.0}
+        return replace(readme.by_shape(readme.PLAIN)[next(iter(readme.SHAPES))][name], **whole)
+
+    rows = {name: row(name, 100.0) for name in ("leanattn", "cudnn", "fa3")}
+    assert readme.fastest_peer(rows) == 100.0 and not readme.is_behind(rows)
+    rows["fa3"] = row("fa3", 98.0)
+    assert readme.fastest_peer(rows) == 98.0 and readme.is_behind(rows)

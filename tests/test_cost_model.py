@@ -13,7 +13,8 @@ RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 # did not run at once; the others are guesses.
 H200 = (132, 4.8e6, [0, 0, 66, 42, 30, 24, 20, 15, 15])
 TILE = 65536.0  # 128 tokens of K and V, D = 128, 16-bit
-PARTIAL = 8 * 128 * 4.0
+ROWS = 8
+PARTIAL = ROWS * 128 * 4.0
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def machine(headers):
 
 
 def choose(headers, machine, count, tiles, tile_bytes=TILE):
-    return headers.choose_layout(headers.Items(count, tiles, tile_bytes, PARTIAL), machine)
+    return headers.choose_layout(headers.Items(count, tiles, ROWS, tile_bytes, PARTIAL), machine)
 
 
 @pytest.mark.parametrize("count", [128, 132, 256, 512])
@@ -62,7 +63,7 @@ def test_no_clusters_where_the_device_has_none(headers):
 )
 def test_nothing_that_fits_is_thought_faster(headers, count, tiles, tile_bytes):
     machine = headers.Machine(*H200)
-    items = headers.Items(count, tiles, tile_bytes, PARTIAL)
+    items = headers.Items(count, tiles, ROWS, tile_bytes, PARTIAL)
     chosen = headers.choose_layout(items, machine)
     others = [headers.stream_k(items, machine)] + [
         headers.teams(items, machine, size, clustered)
@@ -94,14 +95,14 @@ def tuned():
             name, batch, heads_q, heads_kv, dim, tokens = match[1], *map(int, match.groups()[1:6])
             rows = next(n for n in (8, 16, 32, 64, 128) if heads_q // heads_kv <= n)
             tile = 128 if dim <= 128 else 64
-            items = batch * heads_kv, -(-tokens // tile), 4.0 * tile * dim, 4.0 * rows * dim
+            items = batch * heads_kv, -(-tokens // tile), rows, 4.0 * tile * dim, 4.0 * rows * dim
             times = {k: float(us) for k, us in re.findall(r"layout=(\S+) ([\d.]+)", match[7])}
             shapes[name] = (name, items, times)
     return shapes.values()
 
 
 def test_what_an_h200_was_fastest_with(headers, machine):
-    """As many of those shapes as bench/VERSIONS.md says, v11, lose to another layout."""
+    """As many of those shapes as bench/VERSIONS.md says, v12, lose to another layout."""
     shapes = tuned()
     assert len(shapes) == 119
     losses, untried = {}, []
@@ -119,12 +120,12 @@ def test_what_an_h200_was_fastest_with(headers, machine):
         if loss > 0.03:
             losses[name] = loss
     assert len(untried) <= 6
-    assert len(losses) <= 6
-    assert max(losses.values()) < 0.1
+    assert len(losses) <= 3
+    assert max(losses.values()) < 0.06
 
 
 @pytest.mark.parametrize("count, clustered, own", [(256, False, 0.0), (8, True, 0.1),
-                                                   (4, False, 4.5)])  # fmt: skip
+                                                   (4, False, 5.0)])  # fmt: skip
 def test_unequal_lengths_stay_whole_as_far_as_cutting_them_would_cost_more(
     headers, machine, count, clustered, own
 ):

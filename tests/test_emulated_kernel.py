@@ -58,7 +58,7 @@ def emulate(emulated_kernel):
 
     def emulate(
         case, rows, layout, *, tma=True, stages=3, seed=1, slack_tiles=1 << 20, wgmma=False,
-        head_pairs=False, lean=False,
+        head_pairs=False, features="all",
     ):  # fmt: skip
         q = case["q"]
         num_units, items_per_team, team_size, clustered = layout
@@ -81,7 +81,8 @@ def emulate(emulated_kernel):
             clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
             seed=seed, bf16=q.dtype == torch.bfloat16,
             e5m2=case["k_cache"].dtype == torch.float8_e5m2,
-            batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs, lean=lean,
+            batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs,
+            features=features,
         )  # fmt: skip
         out = torch.from_numpy(out).view(q.dtype).view(*q.shape[:-1], -1)
         return out, torch.from_numpy(lse).view(q.shape[:-1])
@@ -143,6 +144,15 @@ LEAN_CASES = {
     "head-dim-40": (8, torch.float16, dict(lengths=(300, 5), dims=(40, 64))),
     "head-dim-80": (8, torch.float16, dict(lengths=(300, 5), dims=(80, 104))),
     "head-dim-192": (8, torch.float16, dict(lengths=(300, 90), dims=(192, 256))),
+    "window": (8, torch.float16, dict(lengths=(900, 5, 0, 300), window_left=299)),
+    "window-of-one": (8, torch.float16, dict(lengths=(900, 129), window_left=0)),
+}
+MASKED_CASES = {
+    "plain": (8, dict(lengths=(300, 5, 0, 700), dims=(128, 128))),
+    "window": (8, dict(lengths=(900, 100), window_left=300, seqlen_q=2, dims=(128, 128))),
+    "more-queries-than-keys": (8, dict(lengths=(3, 300), seqlen_q=9, dims=(128, 128))),
+    "ragged-queries": (8, dict(lengths=(300, 5, 200), query_lengths=[3, 0, 9], dims=(128, 128))),
+    "two-row-blocks-of-16": (16, dict(lengths=(300, 200), heads=(40, 2))),
 }
 
 
@@ -152,10 +162,25 @@ def test_a_lean_kernel_gives_the_same_bits(name, layout, emulate):
     """As the one with all features, by the same layout."""
     rows, dtype, options = LEAN_CASES[name]
     case = make_case("cpu", dtype, **dict(dims=(128, 128)) | options)
-    lean = emulate(case, rows, LAYOUTS[layout], lean=True)
+    lean = emulate(case, rows, LAYOUTS[layout], features="lean")
     hold(lean, case)
     full = emulate(case, rows, LAYOUTS[layout])
     for one, other in zip(lean, full):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("layout", ["stream-k-3", "stream-k-13", "whole-items", "clusters-of-2"])
+@pytest.mark.parametrize("name", MASKED_CASES)
+def test_a_masked_kernel_gives_the_same_bits(name, layout, emulate):
+    rows, options = MASKED_CASES[name]
+    if "query_lengths" in options and not layout.startswith("stream-k"):
+        pytest.skip("ragged queries go by stream-K alone")
+    case = make_case("cpu", torch.bfloat16, **options)
+    full = emulate(case, rows, LAYOUTS[layout])
+    inputs = paginate(case, 24) if rows == 16 else case  # as the kernels are that are compiled here
+    masked = emulate(inputs, rows, LAYOUTS[layout], features="masked")
+    hold(masked, case)
+    for one, other in zip(masked, full):
         assert_same_bits(one, other)
 
 
@@ -164,21 +189,21 @@ def test_a_lean_kernel_gives_the_same_bits(name, layout, emulate):
 def test_a_lean_kernel_of_pages(layout, page_size, emulate):
     case = make_case("cpu", torch.float16, lengths=(700, 5, 0, 1500), dims=(128, 128))
     paged = paginate(case, page_size)
-    lean = emulate(paged, 8, LAYOUTS[layout], lean=True)
+    lean = emulate(paged, 8, LAYOUTS[layout], features="lean")
     for one, other in zip(lean, emulate(case, 8, LAYOUTS[layout])):
         assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("lean", [False, True], ids=["full", "lean"])
+@pytest.mark.parametrize("features", ["all", "lean"])
 @pytest.mark.parametrize("layout", ["stream-k-13", "whole-items", "three-items"])
 @pytest.mark.parametrize("batch", [33, 100, 256, 257, 700])
-def test_many_sequences(batch, layout, lean, emulate):
+def test_many_sequences(batch, layout, features, emulate):
     """A lane of the producer has one, several, or they are for all threads to look through."""
     random = Random(batch)
     lengths = [random.choice([0, 1, 60, 128, 129, 300]) for _ in range(batch)]
     case = make_case("cpu", torch.float16, lengths=lengths, heads=(2, 1), dims=(64, 64))
     for slack in (0, 1 << 20):
-        hold(emulate(case, 8, LAYOUTS[layout], lean=lean, slack_tiles=slack), case)
+        hold(emulate(case, 8, LAYOUTS[layout], features=features, slack_tiles=slack), case)
 
 
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "cp_async"])

@@ -78,7 +78,7 @@ def test_every_include_goes_down():
         ("cuda/kernel/mainloop.h", '"plan/cost_model.h"'),
         ("cuda/kernel/mainloop.h", '"cuda/launch.h"'),
         ("cuda/launch.cu", '"cuda/kernel/traits.h"'),  # "kernel/traits.h"
-        ("cuda/instantiate/lean_float8.cu", '"cuda/launch.h"'),
+        ("cuda/instantiate/lean.cu", '"cuda/launch.h"'),
         ("binding/decode.cpp", '"ops.cpp"'),
         ("binding/decode.cpp", '"cuda/kernel/traits.h"'),
         ("binding/decode.cpp", "<cute/arch/util.hpp>"),

@@ -42,4 +42,10 @@ LEANATTN_HD KeyRange visible_keys(const Mask& mask, int length, int position) {
   return {begin, max_of(begin, end)};
 }
 
+// The same for a sequence's last query, which has no key behind it: only a window's left end counts.
+LEANATTN_HD KeyRange last_query_keys(const Mask& mask, int length) {
+  const bool all = mask.window_left < 0 || length - 1 <= mask.window_left;
+  return {all ? 0 : length - 1 - mask.window_left, length};
+}
+
 }  // namespace leanattn

@@ -63,6 +63,8 @@ struct DecodeParams {
   FastDivisor page_size;
   void* out;  // [B, Sq, Hq, Dv]
   int64_t out_batch_stride, out_seq_stride, out_head_stride, out_dim_stride;
+  const float* sinks;  // [Hq], or null; beside what else the end of an item needs
+  int64_t sinks_stride;
   float* lse;  // [B, Sq, Hq], or null: not wanted
   int64_t lse_batch_stride, lse_seq_stride, lse_head_stride;
 
@@ -71,8 +73,6 @@ struct DecodeParams {
   float softcap;              // 0: off
   const float* alibi_slopes;  // [B, Hq]
   int64_t alibi_batch_stride, alibi_head_stride;
-  const float* sinks;  // [Hq]
-  int64_t sinks_stride;
 
   // Tiles are merged in a fixed tree, so that nothing around a sequence changes its bits: tree_fold.h.
   bool batch_invariant;

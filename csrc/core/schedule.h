@@ -73,12 +73,11 @@ struct Problem {
   Mask mask;
 };
 
-// Most decodes have plain items: one query a sequence, which sees all of it, and its rows of a KV head
-// in one item. Kernels for them are compiled with kPlain, as are the functions that they call: they
-// give the same, and the rest of a Problem costs them nothing.
+// Most decodes have plain items: one query a sequence, its last, and its rows of a KV head in one item.
+// Kernels for them are compiled with kPlain, as are the functions that they call: they give the same,
+// and the rest of a Problem costs them nothing.
 LEANATTN_HD bool has_plain_items(const Problem& p) {
-  const bool sees_all = p.mask.window_left < 0 || p.mask.window_left >= p.capacity - 1;
-  return !p.cu_seqlens_q && p.seqlen_q == 1 && p.row_blocks == 1 && sees_all;
+  return !p.cu_seqlens_q && p.seqlen_q == 1 && p.row_blocks == 1;
 }
 
 struct Sequence {
@@ -169,7 +168,10 @@ struct ItemKeys {
 
 template <bool kPlain = false>
 LEANATTN_HD ItemKeys item_keys(const Problem& p, const Sequence& s, int row_block) {
-  if (kPlain) return {{0, s.length}, {0, s.length}};
+  if (kPlain) {
+    const KeyRange keys = last_query_keys(p.mask, s.length);
+    return {keys, keys};
+  }
   const int first_row = row_block * p.rows_per_item;
   const KeyRange first = row_keys(p, s, first_row);
   const KeyRange last = row_keys(p, s, first_row + item_rows(p, s, row_block) - 1);
@@ -198,7 +200,7 @@ LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
 
 template <bool kPlain = false>
 LEANATTN_HD int tiles_per_head(const Problem& p, const Sequence& s) {
-  if (kPlain) return item_tiles(p, {0, s.length}).size();
+  if (kPlain) return item_tiles(p, last_query_keys(p.mask, s.length)).size();
   int tiles = 0;
   const int row_blocks = num_row_blocks(p, s);
   LEANATTN_KEEP_ROLLED

@@ -10,6 +10,7 @@
 #include "host_util.h"
 #include "kernel/traits.h"
 #include "plan/knobs.h"
+#include "plan/plan_error.h"
 
 namespace leanattn {
 
@@ -133,14 +134,16 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
 
 namespace {
 
+enum class FeatureSet { kLean, kMasked, kAll };
+
 // A compile-time set of values for a kernel, and the run-time ones that choose it.
 struct KernelKey {
   bool float8;
   int head_dim;
   int rows;
   Kind kind;
-  bool is_lean = false;  // of those that can do what plain decodes need, and no more:
-  bool bfloat16 = false;
+  FeatureSet features = FeatureSet::kAll;
+  bool bfloat16 = false;  // of the other two:
   bool paged = false;
 };
 
@@ -153,21 +156,25 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
     if (key.rows != kRows || key.kind != kKind) return;
     visit.template operator()<DecodeTraits<kHeadDim, kRows, kKind, CacheElement, Features>>();
   };
-  const auto with_lean = [&]<bool kBFloat16, bool kPaged>() {
-    if (key.bfloat16 != kBFloat16 || key.paged != kPaged) return;
-    with.template operator()<8, Kind::kMma, LeanFeatures<kBFloat16, kPaged>>();
-    with.template operator()<16, Kind::kMma, LeanFeatures<kBFloat16, kPaged>>();
+  // Of few features, for one dtype and one kind of cache each.
+  const auto with_few = [&]<class Features>(FeatureSet features) {
+    if (key.features != features || key.bfloat16 != Features::kBFloat16) return;
+    if (key.paged != Features::kPaged) return;
+    with.template operator()<8, Kind::kMma, Features>();
+    with.template operator()<16, Kind::kMma, Features>();
   };
-  if (key.is_lean) {
-    if constexpr (kHeadDim != kMaxHeadDim) {
-      with_lean.template operator()<true, false>();
-      with_lean.template operator()<true, true>();
-      if constexpr (!kFloat8) {
-        with_lean.template operator()<false, false>();
-        with_lean.template operator()<false, true>();
-      }
+  if constexpr (kHeadDim != kMaxHeadDim) {
+    with_few.template operator()<LeanFeatures<true, false>>(FeatureSet::kLean);
+    with_few.template operator()<LeanFeatures<true, true>>(FeatureSet::kLean);
+    if constexpr (!kFloat8) {
+      with_few.template operator()<LeanFeatures<false, false>>(FeatureSet::kLean);
+      with_few.template operator()<LeanFeatures<false, true>>(FeatureSet::kLean);
+      with_few.template operator()<MaskedFeatures<false>>(FeatureSet::kMasked);
+      with_few.template operator()<MaskedFeatures<true>>(FeatureSet::kMasked);
     }
-  } else if constexpr (kHeadDim == kMaxHeadDim) {
+  }
+  if (key.features != FeatureSet::kAll) return;
+  if constexpr (kHeadDim == kMaxHeadDim) {
     // Fewer rows, and by mma more than 16 at a time, have no kernel of their own.
     with.template operator()<16, Kind::kMma>();
     with.template operator()<16, Kind::kTree>();
@@ -211,30 +218,31 @@ bool can_use_wgmma(int device) {
 }
 
 constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
-// Up to 16 rows mma wastes less than wgmma, which always takes 64.
-constexpr int kFewestWgmmaRows = 32;
 
 KernelKey make_key(const DecodeParams& params, int rows, int device) {
-  const bool without_wgmma = knob_is_second("LEANATTN_MMA", "wgmma", "mma");
   const auto kind = [&] {
     if (params.batch_invariant) return Kind::kTree;
     // wgmma reads keys and values as they lie in the ring.
-    if (rows < kFewestWgmmaRows || without_wgmma || is_float8(params.cache_type)) {
-      return Kind::kMma;
-    }
+    if (rows < kFewestWgmmaRows || is_float8(params.cache_type)) return Kind::kMma;
     return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
   };
   return {is_float8(params.cache_type), max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
-// Whether a call needs no more than the lean kernels have: one query that sees all of its sequence, scores
-// that are only scaled. LEANATTN_FEATURES=all keeps them from being used.
-bool allows_lean(const DecodeParams& params) {
-  if (knob_is_second("LEANATTN_FEATURES", "lean", "all")) return false;
-  if (!has_plain_items(params.problem) || params.batch_invariant || params.head_pairs) return false;
-  if (params.softcap != 0.0f || params.alibi_slopes || params.sinks) return false;
-  return !is_float8(params.cache_type) || (params.cache_type == CacheType::kFloat8E4M3 &&
-                                           params.element_type == ElementType::kBFloat16);
+// The fewest features that do for a call, and no fewer than LEANATTN_FEATURES says.
+FeatureSet features_of(const DecodeParams& params) {
+  const std::string_view fewest = knob("LEANATTN_FEATURES");
+  const bool is_lean = fewest.empty() || fewest == "lean";
+  if (!is_lean && fewest != "masked" && fewest != "all") {
+    throw PlanError("LEANATTN_FEATURES", "must be 'lean', 'masked' or 'all', got '", fewest, "'");
+  }
+  if (fewest == "all" || params.batch_invariant || params.head_pairs) return FeatureSet::kAll;
+  const bool has_plain_scores = params.softcap == 0.0f && !params.alibi_slopes;
+  const bool is_plain = is_lean && has_plain_scores && has_plain_items(params.problem);
+  if (!is_float8(params.cache_type)) return is_plain ? FeatureSet::kLean : FeatureSet::kMasked;
+  const bool is_usual =
+      params.cache_type == CacheType::kFloat8E4M3 && params.element_type == ElementType::kBFloat16;
+  return is_plain && is_usual ? FeatureSet::kLean : FeatureSet::kAll;
 }
 
 // Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
@@ -273,20 +281,18 @@ void launch_decode(DecodeParams params, int num_counters, bool zero_counters, in
   bool is_launched = false;
   const auto launch = [&]<class Traits>() {
     const KernelSetup& setup = setup_kernel<Traits>(device);
-    // A lean kernel has one loader, the best of the architecture that it is compiled for.
-    const bool has_loader = !key.is_lean || !setup.has_tma || maps.usable;
+    const bool has_loader = !Traits::Features::kFixedLoader || !setup.has_tma || maps.usable;
     if (setup.num_stages == 0 || !has_loader) return;
     launch_kernel<Traits>(params, setup.has_tma ? maps : TensorMaps{}, may_overlap, device, stream);
     is_launched = true;
   };
-  if (allows_lean(params)) {
-    key.is_lean = true;
-    key.bfloat16 = params.element_type == ElementType::kBFloat16;
-    key.paged = params.block_table != nullptr;
-    dispatch(key, launch);
-    key.is_lean = false;
-  }
-  if (!is_launched) dispatch(key, launch);
+  key.features = features_of(params);
+  key.bfloat16 = params.element_type == ElementType::kBFloat16;
+  key.paged = params.block_table != nullptr;
+  dispatch(key, launch);
+  if (is_launched) return;
+  key.features = FeatureSet::kAll;
+  dispatch(key, launch);
 }
 
 int CudaDevice::capability() const { return device_limits(device_).capability; }
@@ -329,7 +335,9 @@ void warm_up(int device) {
           dispatch({float8, head_dim, rows, kind}, set_up);
           for (const bool bfloat16 : {false, true}) {
             for (const bool paged : {false, true}) {
-              dispatch({float8, head_dim, rows, kind, true, bfloat16, paged}, set_up);
+              for (const FeatureSet features : {FeatureSet::kLean, FeatureSet::kMasked}) {
+                dispatch({float8, head_dim, rows, kind, features, bfloat16, paged}, set_up);
+              }
             }
           }
         }

@@ -1,8 +1,7 @@
 // Which layout a launch uses: whole items, one item a team or a cluster, or stream-K. All that the
 // choice rests on is here, each constant with where it comes from; `python -m bench.tune` compares the
-// choice with every other one, and what it printed for 119 shapes on an H200 is what the constants of v11
-// of bench/VERSIONS.md were fitted to. It knows of reading alone, not of arithmetic: items of 64 rows and
-// more, whose units cannot multiply as fast as the memory reads, would want more units than it gives them.
+// choice with every other one, and what it printed for 119 shapes on an H200 is what the constants of v12
+// of bench/VERSIONS.md were fitted to, all together.
 //
 // Host only, no CUDA. Times in us, as differences between layouts: what all pay is left out.
 #pragma once
@@ -24,19 +23,33 @@ struct Machine {
   std::array<int, kMaxClusterSize + 1> max_clusters;
 };
 
-// What the fixups of one item cost after its last tile. All but the merge's rate are fitted, see above. What
-// no layout avoids is left out, and so a cluster's is next to nothing.
+// What the fixups of one item cost after its last tile. What no layout avoids is left out, and so a
+// cluster's is next to nothing.
 constexpr double kStreamKFixupUs = 5.5;    // partials, ticket, merge, and a second segment's start
-constexpr double kTeamFixupUs = 4.5;       // partials, ticket, merge
+constexpr double kTeamFixupUs = 5.0;       // partials, ticket, merge
 constexpr double kClusterFixupUs = 0.1;    // a cluster barrier, and distributed shared memory
-constexpr double kMergeBytesPerUs = 60e3;  // of partials, by one CTA
-constexpr double kStreamKSlower = 1.01;    // to read, fitted too
+constexpr double kMergeBytesPerUs = 20e3;  // of partials, by one CTA
+constexpr double kStreamKSlower = 1.01;    // to read
+// Units do not end together, the less so the more each reads.
+constexpr double kUnevenBytesPerUs = 1e6;
+// Of one unit, times the rows of an item: with many, its products and the softmax hold it back. By items
+// of 64 and 71 rows.
+constexpr double kRowBytesPerUs = 2.6e6;
 
-// What part of the memory's speed n of all SMs reach, by a prototype that only reads: 128 MiB on an
-// H200 took 132 SMs 31.0 us, 120 31.3, 112 31.7, 96 33.7, 64 33.9, 48 34.5, 32 38.6.
-inline double speed_of(int n, const Machine& machine) {
-  constexpr double kPoints[][2] = {{0.00, 0.00}, {0.24, 0.80}, {0.36, 0.90}, {0.48, 0.915},
-                                   {0.73, 0.92}, {0.85, 0.98}, {0.97, 1.00}};
+// The items of a launch, taken to be alike.
+struct Items {
+  int count;
+  int tiles;          // of each
+  int rows;           // of each, padded
+  double tile_bytes;  // of K and V together
+  double partial_bytes;
+};
+
+// Bytes a us that n units read.
+inline double speed_of(int n, const Items& items, const Machine& machine) {
+  // Part of all SMs, and of the memory's speed.
+  constexpr double kPoints[][2] = {{0.00, 0.000}, {0.24, 0.712}, {0.30, 0.880}, {0.364, 0.965},
+                                   {0.48, 0.975}, {0.85, 0.985}, {0.97, 1.000}};
   const double part = static_cast<double>(n) / machine.num_sms;
   double speed = 1.0;
   for (int i = 1; i < 7; ++i) {
@@ -45,28 +58,24 @@ inline double speed_of(int n, const Machine& machine) {
     speed = kPoints[i - 1][1] + along * (kPoints[i][1] - kPoints[i - 1][1]);
     break;
   }
-  return speed * machine.bytes_per_us;
+  return std::min(speed * machine.bytes_per_us, n * kRowBytesPerUs / items.rows);
 }
 
 // What part of that speed rows of 128 bytes reach where other heads' lie between them: [B, S, H, 64] was
 // read at 4.30 TB/s, [B, S, H, 128] at 4.50, by a prototype that only reads, 1-8 GiB, on an H200.
 constexpr double kShortRowSpeed = 4.30 / 4.50;
 
-// `more` units read `larger` bytes each and `others` read `smaller`: together until those are done.
-inline double read_us(const Machine& machine, int more, double larger, int others, double smaller) {
-  double us = 0.0;
-  if (smaller > 0.0) us += (more + others) * smaller / speed_of(more + others, machine);
-  if (more > 0) us += more * (larger - smaller) / speed_of(more, machine);
+// `more` units read `larger` tiles each and `others` read `smaller`: together until those are done.
+inline double read_us(const Items& items, const Machine& machine, int more, int64_t larger,
+                      int others, int64_t smaller) {
+  double us = (more > 0 ? larger : smaller) * items.tile_bytes / kUnevenBytesPerUs;
+  const auto add = [&](int units, int64_t tiles) {
+    if (units > 0) us += units * tiles * items.tile_bytes / speed_of(units, items, machine);
+  };
+  add(more + others, smaller);
+  add(more, larger - smaller);
   return us;
 }
-
-// The items of a launch, taken to be alike.
-struct Items {
-  int count;
-  int tiles;          // of each
-  double tile_bytes;  // of K and V together
-  double partial_bytes;
-};
 
 struct LayoutChoice {
   Layout layout;
@@ -81,8 +90,7 @@ inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num
   const int units = static_cast<int>(std::clamp<int64_t>(tiles, 1, num_units));
   const int64_t small = tiles / units;
   const int more = static_cast<int>(tiles % units);
-  double us = read_us(machine, more, (small + 1) * items.tile_bytes, units - more,
-                      small * items.tile_bytes);
+  double us = read_us(items, machine, more, small + 1, units - more, small);
   const bool cuts = small > 0 && (more > 0 || small % std::max(items.tiles, 1) != 0);
   if (cuts) {
     const double partials = std::ceil(static_cast<double>(items.tiles) / small) + 1;
@@ -106,19 +114,19 @@ inline double fixup_us(const Layout& layout, bool clustered) {
 inline LayoutChoice teams(const Items& items, const Machine& machine, int size, bool clustered) {
   const int per_team = size == 1 ? ceil_div(std::max(items.count, 1), machine.num_sms) : 1;
   const int num_teams = ceil_div(std::max(items.count, 1), per_team);
-  const double tile = items.tile_bytes;
   const int step = per_team < kManyItems ? 1 : num_teams;
   LayoutChoice choice{
       {num_teams * size, per_team, step, size, num_teams, 0, num_teams}, clustered, 0.0};
   if (size == 1) {
     const int full = num_teams - (items.count % per_team != 0);
-    choice.us = read_us(machine, full, per_team * tile * items.tiles, num_teams - full,
-                        items.count % per_team * tile * items.tiles);
+    const int64_t tiles = items.tiles;
+    choice.us = read_us(items, machine, full, per_team * tiles, num_teams - full,
+                        items.count % per_team * tiles);
     return choice;
   }
   const int more = items.tiles % size;
-  choice.us = read_us(machine, more * num_teams, (items.tiles / size + 1) * tile,
-                      (size - more) * num_teams, items.tiles / size * tile);
+  choice.us = read_us(items, machine, more * num_teams, items.tiles / size + 1,
+                      (size - more) * num_teams, items.tiles / size);
   choice.us += fixup_us(choice.layout, clustered) +
                (clustered ? 1 : size) * items.partial_bytes / kMergeBytesPerUs;
   return choice;

@@ -46,7 +46,7 @@ Items items_of(const DecodeParams& p) {
   const int64_t token_bytes = int64_t{p.head_dim + (p.values_in_keys ? 0 : p.head_dim_v)} *
                               (is_float8(p.cache_type) ? 1 : 2);
   return {num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
-          static_cast<double>(token_bytes << problem.tile_tokens_log2),
+          problem.rows_per_item, static_cast<double>(token_bytes << problem.tile_tokens_log2),
           static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
 }
 

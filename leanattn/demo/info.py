@@ -12,8 +12,7 @@ import leanattn
 
 _VARIABLES = {
     "LEANATTN_LOADER": "tma or cp_async: how CUDA kernels fetch K and V",
-    "LEANATTN_MMA": "wgmma or mma: how CUDA kernels multiply where there are 17 rows or more",
-    "LEANATTN_FEATURES": "lean or all: CUDA kernels with no more than plain decodes need, or all",
+    "LEANATTN_FEATURES": "lean, masked or all: what CUDA kernels must be able to do at least",
     "LEANATTN_HEAD_PAIRS": "1 or 0: two KV heads with short rows are read as one, or never",
     "LEANATTN_NUM_UNITS": "how many units share the work",
     "LEANATTN_LAYOUT": "stream_k, teams:N or clusters:N: how CUDA kernels lay out the work",

@@ -65,7 +65,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
                  std::optional<Ints> cu_seqlens_q, int window_left, int window_right, float scale,
                  int rows, int num_units, int items_per_team, int team_size, bool clustered,
                  int slack_tiles, bool batch_invariant, bool head_pairs, bool tma, int stages,
-                 bool wgmma, bool lean, int seed) {
+                 bool wgmma, const std::string& features, int seed) {
   DecodeParams p{};
   const bool ragged = cu_seqlens_q.has_value();
   const int q_dims = static_cast<int>(q.ndim());
@@ -190,20 +190,24 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
                                                                          fold_levels, seed);
     found = true;
   };
-  const auto with_lean =
-      [&]<int kHeadDim, int kRows, class CacheElement, bool kBFloat16, bool kPaged>() {
-        if (bf16 != kBFloat16 || block_table.has_value() != kPaged) return;
-        with.template
-        operator()<kHeadDim, kRows, Kind::kMma, CacheElement, LeanFeatures<kBFloat16, kPaged>>();
+  const auto with_few =
+      [&]<int kHeadDim, int kRows, class Features, class CacheElement = Float16>() {
+        if (bf16 != Features::kBFloat16 || block_table.has_value() != Features::kPaged) return;
+        with.template operator()<kHeadDim, kRows, Kind::kMma, CacheElement, Features>();
       };
-  if (lean) {
-    if (!has_plain_items(problem)) throw std::invalid_argument("no plain items");
-    with_lean.template operator()<64, 8, Float16, false, false>();
-    with_lean.template operator()<128, 8, Float16, false, false>();
-    with_lean.template operator()<128, 8, Float16, false, true>();
-    with_lean.template operator()<128, 16, Float16, true, false>();
-    with_lean.template operator()<256, 8, Float16, false, false>();
-    with_lean.template operator()<128, 8, Float8, true, true>();
+  if (features != "all") {
+    if (features == "lean") {
+      if (!has_plain_items(problem)) throw std::invalid_argument("no plain items");
+      with_few.template operator()<64, 8, LeanFeatures<false, false>>();
+      with_few.template operator()<128, 8, LeanFeatures<false, false>>();
+      with_few.template operator()<128, 8, LeanFeatures<false, true>>();
+      with_few.template operator()<128, 16, LeanFeatures<true, false>>();
+      with_few.template operator()<256, 8, LeanFeatures<false, false>>();
+      with_few.template operator()<128, 8, LeanFeatures<true, true>, Float8>();
+    } else {
+      with_few.template operator()<128, 8, MaskedFeatures<false>>();
+      with_few.template operator()<64, 16, MaskedFeatures<true>>();
+    }
     if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
     return py::make_tuple(out, lse);
   }
@@ -248,5 +252,5 @@ PYBIND11_MODULE(emulated_kernel, m) {
         py::arg("rows"), py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
         py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"),
         py::arg("head_pairs") = false, py::arg("tma"), py::arg("stages"), py::arg("wgmma"),
-        py::arg("lean") = false, py::arg("seed"));
+        py::arg("features") = "all", py::arg("seed"));
 }

@@ -338,8 +338,8 @@ PYBIND11_MODULE(headers, m) {
         return machine;
       }));
   py::class_<Items>(m, "Items")
-      .def(py::init<int, int, double, double>(), py::arg("count"), py::arg("tiles"),
-           py::arg("tile_bytes"), py::arg("partial_bytes"));
+      .def(py::init<int, int, int, double, double>(), py::arg("count"), py::arg("tiles"),
+           py::arg("rows"), py::arg("tile_bytes"), py::arg("partial_bytes"));
   py::class_<LayoutChoice>(m, "LayoutChoice")
       .def_readonly("layout", &LayoutChoice::layout)
       .def_readonly("is_clustered", &LayoutChoice::is_clustered)

@@ -278,10 +278,10 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ TensorMaps maps, RoomPlan room) {
-  if constexpr (!Traits::kWgmma || LEANATTN_HAS_WGMMA) {
+  if constexpr (has_code<Traits>()) {
     decode_share<Traits>(params, maps, room);
   } else {
-    __trap();  // never launched: can_use_wgmma()
+    __trap();  // never launched: make_key()
   }
 }
 

@@ -39,8 +39,7 @@ __device__ __forceinline__ void write_empty_item(const DecodeParams& params, int
   const int rows = item_rows<Traits::kPlainItems>(problem, sequence, row_block);
   for (int row = first; row < first + rows; ++row) {
     const int head = head_kv * problem.group_size + row % problem.group_size;
-    const bool has_sinks = !Traits::Features::kScaledScores && params.sinks;
-    const float lse = has_sinks ? params.sinks[head * params.sinks_stride] : kNegativeInfinity;
+    const float lse = params.sinks ? params.sinks[head * params.sinks_stride] : kNegativeInfinity;
     write_empty_row<Traits>(params, seq, sequence.query_begin + row / problem.group_size, head,
                             lse);
   }

@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
   const bool wants_lse = dim == 0 && params.lse;
   const bool has_keys = state.sum != 0.0f;
   float lse = 0.0f;
-  if (!Traits::Features::kScaledScores && params.sinks) {
+  if (params.sinks) {
     const float sink = params.sinks[row.head * params.sinks_stride];
     state.merge_sink(sink);
     if (wants_lse) lse = lse_of(state.max, state.sum, sink);

@@ -75,7 +75,7 @@ struct Float16 {
 // code: in a model every launch finds its code cold, and half of a small decode's time went there.
 struct AllFeatures {
   static constexpr bool kPlainItems = false;    // no others: schedule.h
-  static constexpr bool kScaledScores = false;  // no softcap, ALiBi, sinks
+  static constexpr bool kScaledScores = false;  // no softcap, no ALiBi
   static constexpr bool kFixedLoader = false;   // the architecture's fastest, and no other
   // Of those that differ by a run-time parameter, here none is left out:
   static constexpr bool kPaged = true, kContiguous = true;  // caches
@@ -92,6 +92,13 @@ struct LeanFeatures {
   static constexpr bool kPaged = kIsPaged, kContiguous = !kIsPaged;
   static constexpr bool kFloat16 = !kIsBFloat16, kBFloat16 = kIsBFloat16;
   static constexpr bool kE5M2 = false;
+};
+
+// The same for all items and all scores, in the dtype that most models have.
+template <bool kIsPaged>
+struct MaskedFeatures : LeanFeatures<true, kIsPaged> {
+  static constexpr bool kPlainItems = false;
+  static constexpr bool kScaledScores = false;
 };
 
 template <int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Float16,
@@ -156,7 +163,7 @@ struct DecodeTraits {
   // Whether two KV heads may be one: head_pairs.h. Their products need a sum each.
   static constexpr bool kHasPairShape = kKind == Kind::kMma && kRows <= kMaxPairRows &&
                                         kHeadDim >= 128 && kHeadDim * sizeof(CacheElement) <= 256;
-  static constexpr bool kPairsHeads = kHasPairShape && !kPlainItems;
+  static constexpr bool kPairsHeads = kHasPairShape && !Features::kFixedLoader;
   // A single accumulator of q.k would make one long chain of dependent mma. The same with every set of
   // features, as the order of a sum is part of its bits.
   static constexpr int kScoreChains = kHasPairShape || kTokenSteps * kRowSteps == 1 ? 2 : 1;
@@ -284,6 +291,22 @@ __device__ __forceinline__ bool is_paged(const DecodeParams& params) {
   if constexpr (!Features::kContiguous) return true;
   return Features::kPaged && params.block_table;
 }
+// Up to 16 rows mma wastes less than wgmma, which always takes 64.
+constexpr int kFewestWgmmaRows = 32;
+
+// Whether a kernel has code for the architecture that is being compiled for: wgmma where that is, and mma
+// for as many rows where it is not.
+template <class Traits>
+constexpr bool has_code() {
+#if defined(LEANATTN_EMULATED_ARCH)
+  return true;  // tests ask for either
+#else
+  if (Traits::kWgmma) return LEANATTN_HAS_WGMMA;
+  const bool has_choice = Traits::kRows >= kFewestWgmmaRows && !Traits::kFloat8;
+  return !LEANATTN_HAS_WGMMA || !has_choice;
+#endif
+}
+
 // Whether copies are by the engine for bulk tensor copies.
 template <class Traits, class TensorMaps>
 __device__ __forceinline__ bool uses_tma(const TensorMaps& maps) {
