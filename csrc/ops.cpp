@@ -9,13 +9,16 @@
 #include "binding/merge.h"
 #include "binding/schedule_op.h"
 
+// Context parallelism: of several ranks, which has the tokens that are in this cache.
+#define LEANATTN_CP_SCHEMA ", int cp_world_size=1, int cp_rank=0, int cp_interleave=1"
+
 #define LEANATTN_DECODE_SCHEMA                                                                  \
   "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens=None, Tensor? "              \
   "block_table=None, "                                                                          \
   "*, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, float? softmax_scale=None, "        \
   "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, "              \
   "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, " \
-  "bool batch_invariant=False, Tensor? counters=None"
+  "bool batch_invariant=False, Tensor? counters=None" LEANATTN_CP_SCHEMA
 
 STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("decode(" LEANATTN_DECODE_SCHEMA ") -> Tensor");
@@ -26,13 +29,15 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def(
       "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
       "Tensor? block_table=None, *, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> ()");
+      "Tensor? v_scale=None" LEANATTN_CP_SCHEMA ") -> ()");
   m.def(
       "rope_append_kv(Tensor(c!) q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor cache_seqlens, Tensor? block_table, Tensor cos, Tensor sin, *, "
       "bool interleaved=False, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
-      "Tensor? v_scale=None) -> ()");
-  m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
+      "Tensor? v_scale=None" LEANATTN_CP_SCHEMA ") -> ()");
+  m.def(
+      "merge_states(Tensor outs, Tensor lses, *, ScalarType? dtype=None) -> (Tensor out, Tensor "
+      "lse)");
   m.def(
       "schedule(Tensor cache_seqlens, int num_heads_kv, int group_size, int capacity, int "
       "head_dim, "

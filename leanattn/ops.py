@@ -33,6 +33,9 @@ def decode(
     v_scale=None,
     batch_invariant=False,
     counters=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_interleave=1,
     return_lse=False,
     out=None,
 ):
@@ -73,8 +76,12 @@ def decode(
             merged in a tree that depends on its own tokens alone. docs/semantics.md, section 13,
             states the workspace that it takes.
         counters: from `leanattn.counters`, one tensor a stream; without, a call is as fast.
+        cp_world_size, cp_rank, cp_interleave: the caches hold one rank's part of tokens that are
+            dealt out to cp_world_size ranks in turn, cp_interleave at a time; cache_seqlens are
+            those of the whole sequences, and p and j count all tokens. `leanattn.distributed` is
+            made of this.
         return_lse: also return the log-sum-exp.
-        out: where to write the result, instead of a new tensor.
+        out: where to write the result, instead of a new tensor; q's dtype, or float32.
 
     Returns:
         out, like q with head dim Dv; or (out, lse), lse fp32 of shape out.shape[:-1], natural log.
@@ -98,6 +105,9 @@ def decode(
         v_scale=v_scale,
         batch_invariant=batch_invariant,
         counters=counters,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_interleave=cp_interleave,
     )
     if out is None:
         op = _ops.decode_with_lse if return_lse else _ops.decode
@@ -121,6 +131,9 @@ def append_kv(
     cu_seqlens=None,
     k_scale=None,
     v_scale=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_interleave=1,
 ):
     """Write new keys and values into the caches, in place, one kernel launch.
 
@@ -142,6 +155,8 @@ def append_kv(
             clamped to [previous entry, total]. Tokens that no sequence has are not written.
         k_scale, v_scale: fp32 of one element, `[Hkv]` or `[B, Hkv]`, with float8 caches only:
             stored is value / scale, saturated to the finite range.
+        cp_world_size, cp_rank, cp_interleave: as in `decode`; tokens of other ranks are not
+            written.
 
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed, before any launch.
@@ -156,6 +171,9 @@ def append_kv(
         cu_seqlens=cu_seqlens,
         k_scale=k_scale,
         v_scale=v_scale,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_interleave=cp_interleave,
     )
 
 
@@ -174,6 +192,9 @@ def rope_append_kv(
     cu_seqlens=None,
     k_scale=None,
     v_scale=None,
+    cp_world_size=1,
+    cp_rank=0,
+    cp_interleave=1,
 ):
     """`append_kv` with rotary embedding (arXiv 2104.09864) of k on the way and of q in place.
 
@@ -184,7 +205,8 @@ def rope_append_kv(
     Args:
         q: `[B, Sn, Hq, D]`, `[B, Hq, D]` or `[total, Hq, D]`, k's tokens, head dim and dtype; its
             first rotary_dim dims are rotated in place. Any strides.
-        k, v, k_cache, v_cache, cache_seqlens, cu_seqlens, k_scale, v_scale: as in `append_kv`.
+        k, v, k_cache, v_cache, cache_seqlens, cu_seqlens, k_scale, v_scale, cp_world_size, cp_rank,
+            cp_interleave: as in `append_kv`.
         block_table: as in `append_kv`, or None.
         cos, sin: `[max_position, rotary_dim / 2]`, float32 or q's dtype, any strides.
         interleaved: pair i is dims 2i and 2i + 1 (GPT-J) instead of i and rotary_dim / 2 + i
@@ -207,10 +229,13 @@ def rope_append_kv(
         cu_seqlens=cu_seqlens,
         k_scale=k_scale,
         v_scale=v_scale,
+        cp_world_size=cp_world_size,
+        cp_rank=cp_rank,
+        cp_interleave=cp_interleave,
     )
 
 
-def merge_states(outs, lses):
+def merge_states(outs, lses, *, dtype=None):
     """Merge attention results over disjoint sets of keys into the result over all of them.
 
     `out = sum(exp(lse_i) * out_i) / sum(exp(lse_i))` and `lse = log(sum(exp(lse_i)))`, in fp32 and
@@ -223,15 +248,16 @@ def merge_states(outs, lses):
             four of those between cannot be joined.
         lses: `[n, ...]` float32, natural logarithm, any strides. -inf and +inf (FlashAttention's)
             mean that the state saw no key: it has no weight, whatever its out holds.
+        dtype: of the merged out; None: outs'. Of float32 outs also float16 or bfloat16.
 
     Returns:
-        (out `[..., D]` in outs' dtype, lse `[...]` float32), contiguous. Where no state saw a key,
+        (out `[..., D]` in that dtype, lse `[...]` float32), contiguous. Where no state saw a key,
         or n is 0: out 0, lse -inf.
 
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed, before any launch.
     """
-    return _ops.merge_states(outs, lses)
+    return _ops.merge_states(outs, lses, dtype=dtype)
 
 
 def counters(device, n=None):
@@ -354,9 +380,11 @@ def _(*args, **kwargs):
 
 
 @torch.library.register_fake("leanattn::merge_states")
-def _(outs, lses):
+def _(outs, lses, *, dtype=None):
     _check_devices("merge_states", outs, {"lses": lses}, "outs")
-    return outs.new_empty(outs.shape[1:]), outs.new_empty(outs.shape[1:-1], dtype=torch.float32)
+    return outs.new_empty(outs.shape[1:], dtype=dtype), outs.new_empty(
+        outs.shape[1:-1], dtype=torch.float32
+    )
 
 
 def _raise_no_derivative():

@@ -12,7 +12,7 @@ import random
 
 import torch
 from paging import as_numbers, gather_pages
-from reference import clamped_lengths, query_ranges, scaled, visible_range
+from reference import clamped_lengths, own_tokens, query_ranges, scaled, visible_range
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -21,6 +21,7 @@ OPS = ("decode", "decode_with_lse", "decode_out", "decode_with_lse_out")
 TILE_EDGES = sorted(edge + side for edge in (16, 64, 128, 256, 512) for side in (-1, 0, 1))
 JUNK_PAGES = (-1, INT32_MIN, 2147480000, INT32_MAX)
 JUNK_STRIDES = (0, 1, 3, 2**31 + 1, 2**50)
+CONTEXT_PARALLEL = ("cp_world_size", "cp_rank", "cp_interleave")
 POISONS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 CACHE_ELEMENTS = 300_000  # of K, beyond which a case is too slow for a suite
@@ -57,6 +58,9 @@ class Case:
     offsets: tuple | None  # cu_seqlens_q
     total_q: int
     capacity: int  # tokens that a sequence can hold
+    ranks: (
+        tuple | None
+    )  # cp_world_size, cp_rank, cp_interleave; lengths count the tokens of all then
     lengths: tuple | None
     appended: tuple | None  # tokens of each sequence that append_kv is to write before
     page_size: int | None
@@ -90,6 +94,20 @@ class Case:
     poison: str | None  # None: keys that no query sees hold numbers like the others
     needles: int
     specials: tuple  # visible ones: "q nan", "k nan", "v nan", "v inf"
+
+    @property
+    def own_tokens(self):
+        """The tokens that stand in the caches, in order, `[capacity]` or fewer."""
+        return own_tokens(self.capacity, *(self.ranks or ()))[0]
+
+    @property
+    def max_length(self):
+        """Tokens that a sequence can have."""
+        return own_tokens(self.capacity, *(self.ranks or ()))[1]
+
+    def keys(self, begin, end):
+        """The range of keys in the caches that a range of tokens is."""
+        return torch.searchsorted(self.own_tokens, torch.tensor([begin, end])).tolist()
 
 
 def draw(seed, index, device="cpu"):
@@ -164,7 +182,7 @@ def draw(seed, index, device="cpu"):
         seed=seed, index=index, device=device, op=rng.choice(OPS), dtype=dtype,
         cache_dtype=cache_dtype, scales=scales, batch=batch,
         heads=(group_size * heads_kv, heads_kv), dims=(dim, dim_v), seqlen_q=seqlen_q,
-        offsets=offsets, total_q=total_q, capacity=capacity,
+        offsets=offsets, total_q=total_q, capacity=capacity, ranks=None,
         lengths=lengths, appended=appended,
         page_size=page_size, max_pages=max_pages, num_pages=num_pages, table=table,
         table_strides=likely(0.3), packing=packing,
@@ -190,7 +208,21 @@ def draw(seed, index, device="cpu"):
         if not case.batch_invariant and max(case.dims) <= 256:
             layouts += ["clusters:2", "clusters:3", "clusters:8"]
         case = dataclasses.replace(case, units=None, layout=rng.choice(layouts))
+    if likely(0.2):
+        case = over_ranks(rng, case)
     return case
+
+
+def over_ranks(rng, case):
+    """The case with one rank's part of its tokens in the caches."""
+    ranks = rng.choice([2, 2, 3, 4, 8])
+    interleave = rng.choice([1, 2, 5, 16, 64, max(1, case.capacity), rng.randint(1, 300)])
+    case = dataclasses.replace(case, ranks=(ranks, rng.randrange(ranks), interleave))
+    if case.lengths is None:
+        return case
+    return dataclasses.replace(
+        case, lengths=draw_lengths(rng, case.batch, case.max_length, case.page_size)
+    )
 
 
 def draw_offsets(rng, batch):
@@ -350,25 +382,30 @@ def take_back_last_rows(case, inputs, arguments):
     A full sequence gets two rows more, which lie beyond the capacity and must not be written.
     """
     table = inputs.get("block_table")
-    lengths = clamped_lengths(inputs["cache_seqlens"], case.batch, case.capacity)
+    lengths = clamped_lengths(inputs["cache_seqlens"], case.batch, case.max_length)
     before, rows = [], {"k": [], "v": []}
     for sequence, (length, count) in enumerate(zip(lengths, case.appended)):
         count = min(count, length)
         before.append(length - count)
-        places = token_places(case, table, sequence, torch.arange(length - count, length))
-        beyond = 2 if length == case.capacity else 0
+        begin, end = case.keys(length - count, length)
+        places = token_places(case, table, sequence, torch.arange(begin, end))
+        # Tokens of other ranks are not written, nor are those beyond.
+        beyond = 2 if length == case.max_length else 0
+        own = case.own_tokens[begin:end] - (length - count)
         for name in rows:
             cache = inputs[f"{name}_cache"]
             taken = cache[places]
             if case.cache_dtype is not None:
                 taken = scaled(taken.float(), inputs.get(f"{name}_scale"), sequence)
-                taken = taken.to(inputs["q"].dtype)
-            rows[name].append(torch.cat([taken, taken.new_full((beyond, *taken.shape[1:]), 9.0)]))
+            appended = torch.full((count + beyond, *taken.shape[1:]), 9.0, dtype=inputs["q"].dtype)
+            appended[own] = taken.to(appended.dtype)
+            rows[name].append(appended)
             erased = as_numbers(arguments[f"{name}_cache"])
             five = as_numbers(torch.full((1,), 5.0, dtype=cache.dtype)).to(erased.device)
             erased[tuple(index.to(erased.device) for index in places)] = five
     counts = [len(part) for part in rows["k"]]
-    options = {name: arguments[name] for name in ("k_scale", "v_scale") if name in arguments}
+    names = ("k_scale", "v_scale", *CONTEXT_PARALLEL)
+    options = {name: arguments[name] for name in names if name in arguments}
     if len(set(counts)) == 1:
         k, v = (torch.stack(rows[name]) for name in "kv")
     else:
@@ -449,9 +486,10 @@ class Builder:
         if case.table != "in order":
             self.rng.shuffle(ids)
         table = torch.zeros(case.batch, max_pages, dtype=torch.int32)
-        lengths = [case.capacity] * case.batch if case.lengths is None else case.lengths
+        lengths = [case.max_length] * case.batch if case.lengths is None else case.lengths
         for sequence, length in enumerate(lengths):
-            used = -(-min(max(length, 0), case.capacity) // case.page_size)
+            _, used = case.keys(0, min(max(length, 0), case.max_length))
+            used = -(-used // case.page_size)
             if case.table in ("in order", "shuffled"):
                 row = ids[sequence * max_pages : sequence * max_pages + used]
             elif case.table == "one row for all":
@@ -481,6 +519,8 @@ class Builder:
         ):  # fmt: skip
             if getattr(case, name) != default:
                 self.arguments[name] = getattr(case, name)
+        if case.ranks is not None:
+            self.arguments.update(zip(CONTEXT_PARALLEL, case.ranks))
 
     def make_q(self):
         case = self.case
@@ -530,17 +570,18 @@ class Builder:
     def find_visible_keys(self):
         """Rows that see a key: self.sights, (sequence, row of q, keys begin..end) of each."""
         case = self.case
-        self.lengths = clamped_lengths(
-            self.arguments.get("cache_seqlens"), case.batch, case.capacity
-        )
+        lengths = clamped_lengths(self.arguments.get("cache_seqlens"), case.batch, case.max_length)
+        ends = torch.searchsorted(case.own_tokens, torch.arange(case.max_length + 1)).tolist()
+        self.lengths = [ends[length] for length in lengths]  # in keys
         ranges = query_ranges(self.arguments["q"], case.batch, self.arguments.get("cu_seqlens_q"))
         self.sights = []
-        for sequence, (length, (row_begin, row_end)) in enumerate(zip(self.lengths, ranges)):
+        for sequence, (length, (row_begin, row_end)) in enumerate(zip(lengths, ranges)):
             for row in range(row_begin, row_end):
                 begin, end = visible_range(
                     length, row_end - row_begin, row - row_begin, case.causal, case.window_left,
                     case.window_right,
                 )  # fmt: skip
+                begin, end = ends[begin], ends[end]
                 if begin < end:
                     self.sights.append((sequence, row, begin, end))
 

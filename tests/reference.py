@@ -24,6 +24,15 @@ def clamped_lengths(cache_seqlens, batch, capacity):
     return cache_seqlens.long().clamp(0, capacity).tolist()
 
 
+def own_tokens(capacity, ranks=1, rank=0, interleave=1):
+    """(the tokens that stand in a rank's cache, in order `[<= capacity]`, and how many a sequence
+    may have): dealt out one after the other until a rank's cache is full."""
+    token = torch.arange(ranks * (capacity + interleave))
+    owner = token // interleave % ranks
+    max_length = int((owner == 0).nonzero()[capacity])  # rank 0 is the first to be full
+    return token[(owner == rank) & (token < max_length)], max_length
+
+
 def query_ranges(q, batch, cu_seqlens_q):
     """Half-open range of rows of each sequence, in q flattened to [rows, Hq, D]."""
     if cu_seqlens_q is None:
@@ -59,15 +68,14 @@ def visible_range(length, seqlen_q, row, causal=True, window_left=-1, window_rig
     return begin, max(begin, end)
 
 
-def visible_mask(length, seqlen_q, begin, end, causal, window_left, window_right, device):
-    """[Sq, end - begin] of bool: which of the keys begin..end each query row sees."""
-    keys = torch.arange(begin, end, device=device)
+def visible_mask(length, seqlen_q, tokens, causal, window_left, window_right):
+    """[Sq, n] of bool: which of the tokens `[n]` each query row sees."""
     rows = [
         visible_range(length, seqlen_q, row, causal, window_left, window_right)
         for row in range(seqlen_q)
     ]
-    first, last = torch.tensor(rows, device=device).T[:, :, None]
-    return (keys >= first) & (keys < last)
+    first, last = torch.tensor(rows, device=tokens.device).T[:, :, None]
+    return (tokens >= first) & (tokens < last)
 
 
 def attend(q, k, v, visible, distance, scale, softcap, slopes, sinks, rounded):
@@ -128,12 +136,15 @@ def unrounded(tensor):
 def reference(
     q, k_cache, v_cache, cache_seqlens=None, *, cu_seqlens_q=None, softmax_scale=None, causal=True,
     window_left=-1, window_right=-1, softcap=0.0, alibi_slopes=None, sinks=None, k_scale=None,
-    v_scale=None, compute_dtype=torch.float64, rounded=unrounded,
+    v_scale=None, cp_world_size=1, cp_rank=0, cp_interleave=1, compute_dtype=torch.float64,
+    rounded=unrounded,
 ):  # fmt: skip
     """(out, lse) of every row of every sequence, in fp64."""
     batch, capacity = k_cache.shape[:2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    lengths = clamped_lengths(cache_seqlens, batch, capacity)
+    own, max_length = own_tokens(capacity, cp_world_size, cp_rank, cp_interleave)
+    own = own.to(q.device)
+    lengths = clamped_lengths(cache_seqlens, batch, max_length)
     ranges = query_ranges(q, batch, cu_seqlens_q)
     rows = (q.flatten(0, 1) if q.dim() == 4 else q).to(compute_dtype)
     out = rows.new_zeros(*rows.shape[:2], v_cache.shape[-1])
@@ -147,14 +158,14 @@ def reference(
             lse[own_rows] = sinks
         begin, _ = visible_range(length, seqlen_q, 0, causal, window_left, window_right)
         _, end = visible_range(length, seqlen_q, seqlen_q - 1, causal, window_left, window_right)
-        visible = visible_mask(
-            length, seqlen_q, begin, end, causal, window_left, window_right, q.device
-        )
+        begin, end = torch.searchsorted(own, torch.tensor([begin, end], device=q.device)).tolist()
+        tokens = own[begin:end]
+        visible = visible_mask(length, seqlen_q, tokens, causal, window_left, window_right)
         sees = visible.any(1)
         if not sees.any():
             continue
         positions = length - seqlen_q + torch.arange(seqlen_q, device=q.device)
-        distance = (positions[:, None] - torch.arange(begin, end, device=q.device)).abs()
+        distance = (positions[:, None] - tokens).abs()
         visible, distance = visible[sees], distance[sees].to(compute_dtype)
         own_rows = own_rows[:, sees]
         of_keys = k_cache.shape[2] * (k_cache.shape[3] + v_cache.shape[3])

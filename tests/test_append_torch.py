@@ -10,10 +10,11 @@ import leanattn
 SCHEMAS = {
     "append_kv": "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor "
     "cache_seqlens, Tensor? block_table=None, *, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
-    "Tensor? v_scale=None) -> ()",
+    "Tensor? v_scale=None, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> ()",
     "rope_append_kv": "(Tensor(c!) q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "Tensor cache_seqlens, Tensor? block_table, Tensor cos, Tensor sin, *, bool interleaved=False, "
-    "Tensor? cu_seqlens=None, Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    "Tensor? cu_seqlens=None, Tensor? k_scale=None, Tensor? v_scale=None, int cp_world_size=1, "
+    "int cp_rank=0, int cp_interleave=1) -> ()",
 }
 
 

@@ -88,8 +88,13 @@ def true_append(shift=0, clamp=False, ragged=True, **arguments):
             if block_table is not None:
                 page_size = cache.shape[1]
                 capacity = block_table.shape[1] * page_size if len(cache) else 0
+            ranks = [arguments[name] for name in fuzz_case.CONTEXT_PARALLEL if name in arguments]
+            key_of = {
+                token: key
+                for key, token in enumerate(reference.own_tokens(capacity, *ranks)[0].tolist())
+            }
             for i, row in enumerate(rows, length + shift):
-                i = min(i, capacity - 1) if clamp else i
+                i = min(i, capacity - 1) if clamp else key_of.get(i, -1)
                 if 0 <= i < capacity and page_size is None:
                     cache[sequence, i] = row
                 elif 0 <= i < capacity:
@@ -244,6 +249,24 @@ def writes_to_its_input(**arguments):
     return out, lse
 
 
+def next_rank(**arguments):
+    ranks = arguments.get("cp_world_size", 1)
+    return truth(**arguments | {"cp_rank": (arguments.get("cp_rank", 0) + 1) % ranks})
+
+
+def distance_to_the_key(**arguments):
+    """ALiBi's as if the keys of this rank stood side by side."""
+    ranks, true_attend = arguments.get("cp_world_size", 1), reference.attend
+
+    def attend(q, k, v, visible, distance, *others):
+        return true_attend(q, k, v, visible, distance // ranks, *others)
+
+    if ranks == 1:
+        return truth(**arguments)
+    with mock.patch.object(reference, "attend", attend):
+        return truth(**arguments)
+
+
 BROKEN = {
     "last-key-dropped": with_visible_range(without_last_key),
     "first-key-dropped": with_visible_range(without_first_key),
@@ -263,6 +286,9 @@ BROKEN = {
     "nan-swallowed": nan_swallowed,
     "sinks-in-uncovered-rows": uncovered_rows_with_sinks,
     "input-written": writes_to_its_input,
+    "one-rank-only": without(*fuzz_case.CONTEXT_PARALLEL),
+    "next-rank": next_rank,
+    "distance-to-the-key": distance_to_the_key,
 }
 
 

@@ -234,7 +234,8 @@ def test_cpu_tensor_among_cuda_ones(argument, device):
 
 
 def test_schema():
-    expected = "leanattn::merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)"
+    arguments = "Tensor outs, Tensor lses, *, ScalarType? dtype=None"
+    expected = f"leanattn::merge_states({arguments}) -> (Tensor out, Tensor lse)"
     assert str(OPS.merge_states.default._schema) == expected
 
 

@@ -542,7 +542,7 @@ def test_items_without_tiles_are_named(headers, case, units):
     empty = {(seq, block) for seq, block, _ in row_blocks(case)} - in_a_share
     for seq in range(case["batch"]):
         sequence = line.sequence(seq)
-        blocks = headers.num_empty_row_blocks(problem, sequence)
+        blocks = headers.end_of_empty_items(problem, sequence)
         assert {(seq, block) for block in range(blocks)} == {e for e in empty if e[0] == seq}
 
 

@@ -18,7 +18,8 @@ ARGUMENTS = (
     "Tensor? block_table=None, *, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
     "float? softmax_scale=None, bool causal=True, int window_left=-1, int window_right=-1, "
     "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, "
-    "Tensor? v_scale=None, bool batch_invariant=False, Tensor? counters=None"
+    "Tensor? v_scale=None, bool batch_invariant=False, Tensor? counters=None, int cp_world_size=1, "
+    "int cp_rank=0, int cp_interleave=1"
 )
 SCHEMAS = {
     "decode": f"({ARGUMENTS}) -> Tensor",
@@ -33,6 +34,7 @@ INPUTS = {
     "no-lengths": dict(lengths=None, batch=2, capacity=40),
     "ragged": dict(query_lengths=(1, 3, 0)),
     "value-dim": dict(seqlen_q=2, dims=(64, 32)),
+    "one-of-two-ranks": dict(cp_world_size=2, cp_rank=1, cp_interleave=16),
     "all-options": dict(seqlen_q=2, softmax_scale=0.2, causal=False, window_left=30, window_right=1,
                         softcap=4.0, alibi="batch", sinks=True),
 }  # fmt: skip

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/device.h>
 
 #include "append_value_checks.h"
+#include "context_parallel.h"
 #include "cpu/append_cpu.h"
 #include "tensor_params.h"
 #include "torch_parallel_for.h"
@@ -27,6 +28,7 @@ struct Arguments {
   OptionalTensor block_table, cos, sin;
   bool interleaved;
   OptionalTensor cu_seqlens, k_scale, v_scale;
+  ContextParallel cp;
 };
 
 // --- Checks --------------------------------------------------------------------------------------
@@ -204,6 +206,7 @@ void check_arguments(const Checker& check, const Arguments& a) {
   check_no_overlap(check, a.k_cache, "k_cache");
   check_no_overlap(check, a.v_cache, "v_cache");
   if (a.q) check_no_overlap(check, *a.q, "q");
+  check_context_parallel(check, a.cp);
 }
 
 // --- Parameters ----------------------------------------------------------------------------------
@@ -264,6 +267,7 @@ AppendParams make_params(const Arguments& a) {
     capacity = p.num_pages == 0 ? 0 : std::min(max_pages * a.k_cache.size(1), kMaxInt);
   }
   p.capacity = static_cast<int>(capacity);
+  p.shard = make_shard(a.cp, p.capacity);
   p.k = new_rows(a, a.k, a.k.const_data_ptr());
   p.v = new_rows(a, a.v, a.v.const_data_ptr());
   p.k_cache = cache_rows(a.k_cache);
@@ -325,17 +329,43 @@ void run(const Checker& check, const Arguments& a) {
 
 void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens,
                OptionalTensor block_table, OptionalTensor cu_seqlens, OptionalTensor k_scale,
-               OptionalTensor v_scale) {
-  run(Checker("append_kv"), {std::nullopt, k, v, k_cache, v_cache, cache_seqlens, block_table,
-                             std::nullopt, std::nullopt, false, cu_seqlens, k_scale, v_scale});
+               OptionalTensor v_scale, int64_t cp_world_size, int64_t cp_rank,
+               int64_t cp_interleave) {
+  run(Checker("append_kv"), {std::nullopt,
+                             k,
+                             v,
+                             k_cache,
+                             v_cache,
+                             cache_seqlens,
+                             block_table,
+                             std::nullopt,
+                             std::nullopt,
+                             false,
+                             cu_seqlens,
+                             k_scale,
+                             v_scale,
+                             {cp_world_size, cp_rank, cp_interleave}});
 }
 
 void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
                     Tensor cache_seqlens, OptionalTensor block_table, Tensor cos, Tensor sin,
                     bool interleaved, OptionalTensor cu_seqlens, OptionalTensor k_scale,
-                    OptionalTensor v_scale) {
-  run(Checker("rope_append_kv"), {q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin,
-                                  interleaved, cu_seqlens, k_scale, v_scale});
+                    OptionalTensor v_scale, int64_t cp_world_size, int64_t cp_rank,
+                    int64_t cp_interleave) {
+  run(Checker("rope_append_kv"), {q,
+                                  k,
+                                  v,
+                                  k_cache,
+                                  v_cache,
+                                  cache_seqlens,
+                                  block_table,
+                                  cos,
+                                  sin,
+                                  interleaved,
+                                  cu_seqlens,
+                                  k_scale,
+                                  v_scale,
+                                  {cp_world_size, cp_rank, cp_interleave}});
 }
 
 }  // namespace leanattn

@@ -30,14 +30,17 @@ void check_append_values(const Checker& check, const AppendParams& p, const Read
   for (int seq = 0; seq < p.batch; ++seq) {
     const int length = lengths[seq];
     const int added = p.cu_seqlens ? bounds[seq + 1] - bounds[seq] : int{p.seqlen_new};
-    check.require(length >= 0 && length <= p.capacity - added, "cache_seqlens", "[", seq,
-                  "] must be from 0 to the capacity, ", p.capacity, ", less the new tokens, ",
+    check.require(length >= 0 && length <= max_length(p) - added, "cache_seqlens", "[", seq,
+                  "] must be from 0 to the capacity, ", max_length(p), ", less the new tokens, ",
                   added, ", got ", length);
     if (added == 0) continue;
     check.require(p.rope.num_pairs == 0 || length + added <= p.rope.max_position, "cache_seqlens",
                   "[", seq, "] must be at most the positions of cos and sin, ", p.rope.max_position,
                   ", less the new tokens, ", added, ", got ", length);
-    if (p.block_table) check_pages(check, p, read, seq, length, length + added);
+    if (!p.block_table) continue;
+    const KeyRange tokens{length, length + added};
+    const KeyRange keys = p.shard.is_whole() ? tokens : p.shard.keys_of(tokens);
+    if (!keys.empty()) check_pages(check, p, read, seq, keys.begin, keys.end);
   }
 }
 

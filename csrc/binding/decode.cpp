@@ -31,7 +31,9 @@ namespace {
   DecodeArguments {                                                                             \
     q, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens_q, max_seqlen_q, softmax_scale, \
         causal, window_left, window_right, softcap, alibi_slopes, sinks, k_scale, v_scale,      \
-        batch_invariant, counters                                                               \
+        batch_invariant, counters, {                                                            \
+      cp_world_size, cp_rank, cp_interleave                                                     \
+    }                                                                                           \
   }
 
 // --- Workspace -----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ namespace leanattn {
       std::optional<int64_t> max_seqlen_q, std::optional<double> softmax_scale, bool causal,      \
       int64_t window_left, int64_t window_right, double softcap, OptionalTensor alibi_slopes,     \
       OptionalTensor sinks, OptionalTensor k_scale, OptionalTensor v_scale, bool batch_invariant, \
-      OptionalTensor counters
+      OptionalTensor counters, int64_t cp_world_size, int64_t cp_rank, int64_t cp_interleave
 
 Tensor decode(LEANATTN_DECODE_ARGUMENTS);
 std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS);

@@ -174,6 +174,7 @@ void check_scalars(const Checker& check, const DecodeArguments& a) {
                   *a.max_seqlen_q, " without it");
     check.require(*a.max_seqlen_q >= 0, "max_seqlen_q", "must be >= 0, got ", *a.max_seqlen_q);
   }
+  check_context_parallel(check, a.cp);
 }
 
 }  // namespace
@@ -207,7 +208,10 @@ void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out
   };
   shape.back() = a.v_cache.size(3);
   check.same_device(out, "out", a.q);
-  check.dtype(out, "out", a.q.scalar_type());
+  const ScalarType type = out.scalar_type();
+  check.require(type == a.q.scalar_type() || type == ScalarType::Float, "out",
+                "must be q's dtype, ", toString(a.q.scalar_type()), ", or Float, got ",
+                toString(type));
   check_shape(out, "out", "q's with v_cache's head dim");
   if (out.is_cuda()) check.cuda_layout(out, "out");
   if (!lse) return;

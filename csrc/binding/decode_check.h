@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "check.h"
+#include "context_parallel.h"
 
 namespace leanattn {
 
@@ -22,6 +23,7 @@ struct DecodeArguments {
   OptionalTensor alibi_slopes, sinks, k_scale, v_scale;
   bool batch_invariant;
   OptionalTensor counters;
+  ContextParallel cp;
 };
 
 // Sequences. With cu_seqlens_q, q does not tell.

@@ -42,6 +42,7 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
   problem.capacity = capacity_of(a);
   problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
   problem.mask = make_mask(a.causal, a.window_left, a.window_right);
+  problem.shard = make_shard(a.cp, problem.capacity);
 
   // q, out and lse have no batch dimension with cu_seqlens_q, and no sequence dimension when 3-D
   // without it.
@@ -55,6 +56,7 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
   p.q_head_stride = a.q.stride(q_dims - 2);
   p.q_dim_stride = a.q.stride(q_dims - 1);
   p.out = out.mutable_data_ptr();
+  p.float32_out = out.scalar_type() == ScalarType::Float && p.element_type != ElementType::kFloat32;
   p.out_batch_stride = batch_stride(out);
   p.out_seq_stride = seq_stride(out);
   p.out_head_stride = out.stride(q_dims - 2);

@@ -10,6 +10,7 @@
 
 #include "cpu/merge_cpu.h"
 #include "new_tensor.h"
+#include "tensor_params.h"
 #include "torch_parallel_for.h"
 #ifdef LEANATTN_WITH_CUDA
 #include "cuda/device_guard.h"
@@ -20,7 +21,7 @@
 namespace leanattn {
 namespace {
 
-ElementType check_arguments(const Checker& check, const Tensor& outs, const Tensor& lses) {
+void check_arguments(const Checker& check, const Tensor& outs, const Tensor& lses) {
   check.supported_device(outs, "outs");
   check.same_device(lses, "lses", outs, "outs");
   const ScalarType type = outs.scalar_type();
@@ -40,8 +41,16 @@ ElementType check_arguments(const Checker& check, const Tensor& outs, const Tens
   check.require(rows <= kMaxInt && outs.size(0) <= kMaxInt && outs.size(outs.dim() - 1) <= kMaxInt,
                 "outs", "must have fewer than 2^31 states, rows and dims, got shape ",
                 shape_of(outs));
-  if (type == ScalarType::Float) return ElementType::kFloat32;
-  return type == ScalarType::Half ? ElementType::kFloat16 : ElementType::kBFloat16;
+}
+
+// The dtype of the merged out.
+ScalarType check_dtype(const Checker& check, ScalarType type, std::optional<ScalarType> dtype) {
+  if (!dtype || *dtype == type) return type;
+  check.require(
+      type == ScalarType::Float && (*dtype == ScalarType::Half || *dtype == ScalarType::BFloat16),
+      "dtype", "must be outs', ", toString(type), ", or Half or BFloat16 with Float outs, got ",
+      toString(*dtype));
+  return *dtype;
 }
 
 // Fills in the row dimensions; false where there are too many of them.
@@ -67,7 +76,7 @@ bool set_rows(const Tensor& outs, const Tensor& lses, MergeParams& p) {
   return true;
 }
 
-void run(ElementType type, Tensor outs, Tensor lses, const Tensor& out, const Tensor& lse) {
+void run(Tensor outs, Tensor lses, const Tensor& out, const Tensor& lse) {
   MergeParams p{};
   const int64_t last = outs.dim() - 1;
   if ((outs.stride(last) != 1 && outs.size(last) > 1) || !set_rows(outs, lses, p)) {
@@ -75,7 +84,8 @@ void run(ElementType type, Tensor outs, Tensor lses, const Tensor& out, const Te
     lses = torch::stable::contiguous(lses);
     set_rows(outs, lses, p);
   }
-  p.element_type = type;
+  p.element_type = element_type_of(outs);
+  p.out_type = element_type_of(out);
   p.num_states = static_cast<int>(outs.size(0));
   p.head_dim = static_cast<int>(outs.size(last));
   p.outs = outs.const_data_ptr();
@@ -97,14 +107,15 @@ void run(ElementType type, Tensor outs, Tensor lses, const Tensor& out, const Te
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses) {
+std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses, std::optional<ScalarType> dtype) {
   const Checker check("merge_states");
-  const ElementType type = check_arguments(check, outs, lses);
+  check_arguments(check, outs, lses);
+  const ScalarType out_type = check_dtype(check, outs.scalar_type(), dtype);
   const std::vector<int64_t> shape(outs.sizes().begin() + 1, outs.sizes().end());
   const std::vector<int64_t> rows(shape.begin(), shape.end() - 1);
-  const Tensor out = empty_beside(outs, shape, outs.scalar_type());
+  const Tensor out = empty_beside(outs, shape, out_type);
   const Tensor lse = empty_beside(outs, rows, ScalarType::Float);
-  if (lse.numel() > 0) run(type, outs, lses, out, lse);
+  if (lse.numel() > 0) run(outs, lses, out, lse);
   return {out, lse};
 }
 

@@ -1,6 +1,7 @@
 // Merging partial attention results: what is behind the schema in ops.cpp.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "check.h"
@@ -8,6 +9,6 @@
 namespace leanattn {
 
 // outs [n, ..., D] and lses [n, ...] -> out [..., D], lse [...].
-std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses);
+std::tuple<Tensor, Tensor> merge_states(Tensor outs, Tensor lses, std::optional<ScalarType> dtype);
 
 }  // namespace leanattn

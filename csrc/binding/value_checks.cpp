@@ -20,8 +20,8 @@ namespace {
 void check_lengths(const Checker& check, const Problem& p, std::optional<int64_t> max_seqlen_q) {
   for (int seq = 0; p.cache_seqlens && seq < p.batch; ++seq) {
     const int32_t length = p.cache_seqlens[seq * p.cache_seqlens_stride];
-    check.require(length >= 0 && length <= p.capacity, "cache_seqlens", "[", seq,
-                  "] must be from 0 to the capacity, ", p.capacity, ", got ", length);
+    check.require(length >= 0 && length <= max_length(p), "cache_seqlens", "[", seq,
+                  "] must be from 0 to the capacity, ", max_length(p), ", got ", length);
   }
   int32_t previous = 0;
   for (int i = 0; p.cu_seqlens_q && i <= p.batch; ++i) {
@@ -39,8 +39,8 @@ void check_lengths(const Checker& check, const Problem& p, std::optional<int64_t
 // The keys that some query of the sequence sees.
 KeyRange sequence_keys(const Problem& p, const Sequence& s) {
   if (s.num_queries == 0) return {0, 0};
-  const KeyRange first = visible_keys(p.mask, s.length, position_of(s, 0));
-  const KeyRange last = visible_keys(p.mask, s.length, position_of(s, s.num_queries - 1));
+  const KeyRange first = keys_seen_from(p, s, position_of(s, 0));
+  const KeyRange last = keys_seen_from(p, s, position_of(s, s.num_queries - 1));
   return {first.begin, max_of(first.begin, last.end)};
 }
 

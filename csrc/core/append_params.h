@@ -2,7 +2,7 @@
 // and the kernel. No torch, no CUDA. Strides are in elements, those of dimensions of size 1 are 0;
 // D and Dv are the head dims of K and V.
 //
-// What comes from device memory is made harmless here, once: lengths are clamped to [0, capacity],
+// What comes from device memory is made harmless here, once: lengths are clamped to [0, max_length],
 // cu_seqlens entries to [previous entry, total], and a row that would lie beyond the capacity or in
 // a page that there is not is not written. It is not clamped to one that there is: that would be
 // another sequence's.
@@ -51,7 +51,8 @@ struct AppendParams {
   int64_t block_table_batch_stride, block_table_page_stride;
   int num_pages;
   FastDivisor page_size;
-  int capacity;  // tokens that a sequence can hold
+  int capacity;  // tokens that a sequence can hold here
+  Shard shard;
 
   // With cu_seqlens, [1, total, ...] with batch stride 0.
   Rows q;        // [B, Sn, Hq, D], rotated in place
@@ -81,9 +82,15 @@ LEANATTN_HD int64_t row_offset(const Rows& rows, const NewToken& token, int head
   return token.seq * rows.batch_stride + token.row * rows.seq_stride + head * rows.head_stride;
 }
 
+// The tokens that a sequence can have, on all ranks.
+LEANATTN_HD int max_length(const AppendParams& p) {
+  return p.shard.is_whole() ? p.capacity : p.shard.max_length;
+}
+
 // Where in its sequence a new token stands: after the length, clamped, before the append.
 LEANATTN_HD int64_t position_of(const AppendParams& p, const NewToken& token) {
-  const int length = clamp_to(p.cache_seqlens[token.seq * p.cache_seqlens_stride], 0, p.capacity);
+  const int length =
+      clamp_to(p.cache_seqlens[token.seq * p.cache_seqlens_stride], 0, max_length(p));
   return int64_t{length} + token.index;
 }
 
@@ -96,14 +103,18 @@ struct CacheSlot {
 };
 
 LEANATTN_HD CacheSlot find_slot(const AppendParams& p, int seq, int64_t position) {
-  if (position >= p.capacity) return {-1, 0};
-  const int token = static_cast<int>(position);
-  if (!p.block_table) return {seq, token};
-  const int index = token / p.page_size;
+  if (position >= max_length(p)) return {-1, 0};
+  int key = static_cast<int>(position);
+  if (!p.shard.is_whole()) {
+    if (!p.shard.has(key)) return {-1, 0};
+    key = p.shard.keys_before(key);
+  }
+  if (!p.block_table) return {seq, key};
+  const int index = key / p.page_size;
   const int page =
       p.block_table[seq * p.block_table_batch_stride + index * p.block_table_page_stride];
   if (page < 0 || page >= p.num_pages) return {-1, 0};
-  return {page, token - index * p.page_size};
+  return {page, key - index * p.page_size};
 }
 
 LEANATTN_HD int64_t slot_offset(const Rows& cache, const CacheSlot& slot, int head) {

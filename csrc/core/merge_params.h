@@ -20,7 +20,8 @@ namespace leanattn {
 constexpr int kMaxMergeDims = 4;
 
 struct MergeParams {
-  ElementType element_type;  // of outs and out
+  ElementType element_type;  // of outs
+  ElementType out_type;      // the same, or narrower than float32 outs
   int num_states;            // n
   int num_rows;              // product of `sizes`
   int head_dim;              // D

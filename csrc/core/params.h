@@ -55,6 +55,7 @@ struct DecodeParams {
   int64_t v_batch_stride, v_seq_stride, v_head_stride, v_dim_stride;
   bool values_in_keys;  // v is k's first Dv columns
   bool head_pairs;      // D, Dv, Hkv and the caches' strides are of pairs of heads: head_pairs.h
+  bool float32_out;     // out is float32, whatever q is
   // The page of each page_size tokens of a sequence, or null: contiguous caches. Entries of pages
   // that no query sees are never read. The caches' batch strides are strides of pages.
   const int32_t* block_table;  // [B, max_pages]
@@ -152,7 +153,7 @@ LEANATTN_HD int counter_index(const DecodeParams& p, const Segment& segment, int
 struct QueryRow {
   int query;     // within its sequence
   int head;      // query head
-  int position;  // where the query stands among the keys
+  int position;  // where the query stands among the tokens
 };
 
 template <bool kPlain = false>

@@ -21,7 +21,7 @@
 //
 // Items that see no key have no tile; nobody's share holds them and their rows are filled apart.
 //
-// Everything that comes from device memory is clamped here, once: lengths to [0, capacity],
+// Everything that comes from device memory is clamped here, once: lengths to [0, max_length],
 // cu_seqlens_q entries to [previous entry, total_q].
 #pragma once
 
@@ -30,6 +30,7 @@
 #include "fast_divisor.h"
 #include "host_device.h"
 #include "mask.h"
+#include "shard.h"
 
 namespace leanattn {
 
@@ -57,7 +58,7 @@ constexpr int64_t kMaxTiles = INT32_MAX - 1;
 
 // What the schedule depends on.
 struct Problem {
-  const int32_t* cache_seqlens;  // [batch], or null: every sequence has `capacity` tokens
+  const int32_t* cache_seqlens;  // [batch], or null: every sequence has max_length(p) tokens
   int64_t cache_seqlens_stride;
   const int32_t* cu_seqlens_q;  // [batch + 1], or null: every sequence has `seqlen_q` queries
   int64_t cu_seqlens_q_stride;
@@ -66,22 +67,23 @@ struct Problem {
   FastDivisor group_size;  // query heads a KV head
   int seqlen_q;            // queries a sequence, without cu_seqlens_q
   int total_q;             // query rows in all, with cu_seqlens_q
-  int capacity;            // tokens that a sequence can hold
+  int capacity;            // tokens that a sequence can hold here
   int tile_tokens_log2;
   FastDivisor rows_per_item;  // packed query rows (queries x group_size) that an item holds at most
   FastDivisor row_blocks;  // items a sequence and KV head, without cu_seqlens_q; see row_blocks_of
   Mask mask;
+  Shard shard;
 };
 
-// Most decodes have plain items: one query a sequence, its last, and its rows of a KV head in one item.
-// Kernels for them are compiled with kPlain, as are the functions that they call: they give the same,
-// and the rest of a Problem costs them nothing.
+// Most decodes have plain items: one query a sequence, its last, its rows of a KV head in one item, and
+// no token elsewhere. Kernels for them are compiled with kPlain, as are the functions that they call:
+// they give the same, and the rest of a Problem costs them nothing.
 LEANATTN_HD bool has_plain_items(const Problem& p) {
-  return !p.cu_seqlens_q && p.seqlen_q == 1 && p.row_blocks == 1;
+  return !p.cu_seqlens_q && p.seqlen_q == 1 && p.row_blocks == 1 && p.shard.is_whole();
 }
 
 struct Sequence {
-  int length;
+  int length;       // tokens, on all ranks
   int query_begin;  // first row in the packed queries; 0 without cu_seqlens_q
   int num_queries;
 };
@@ -106,13 +108,18 @@ LEANATTN_HD int first_query_row(const Problem& p) {
   return p.cu_seqlens_q ? clamp_to(p.cu_seqlens_q[0], 0, p.total_q) : 0;
 }
 
+// The tokens that a sequence can have, on all ranks.
+LEANATTN_HD int max_length(const Problem& p) {
+  return p.shard.is_whole() ? p.capacity : p.shard.max_length;
+}
+
 // The sequence `seq`, whose queries begin where those of the one before it end.
 template <bool kPlain = false>
 LEANATTN_HD Sequence load_sequence(const Problem& p, int seq, int query_begin) {
   Sequence s;
-  s.length = p.cache_seqlens
-                 ? clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, p.capacity)
-                 : p.capacity;
+  const int longest = kPlain ? p.capacity : max_length(p);
+  s.length = p.cache_seqlens ? clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, longest)
+                             : longest;
   s.query_begin = kPlain ? 0 : query_begin;
   s.num_queries = kPlain ? 1 : p.seqlen_q;
   if (!kPlain && p.cu_seqlens_q) {
@@ -152,13 +159,18 @@ LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
   return min_of<int>(p.rows_per_item, num_rows(p, s) - row_block * p.rows_per_item);
 }
 
+// The keys that the query at `position` sees.
+LEANATTN_HD KeyRange keys_seen_from(const Problem& p, const Sequence& s, int position) {
+  const KeyRange tokens = visible_keys(p.mask, s.length, position);
+  return p.shard.is_whole() ? tokens : p.shard.keys_of(tokens);
+}
+
 LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {
-  return visible_keys(p.mask, s.length, position_of(s, row / p.group_size));
+  return keys_seen_from(p, s, position_of(s, row / p.group_size));
 }
 
 // The keys that at least one row of the item sees, and those that every row sees. Both ends of a
-// row's range only move up from row to row (a row that sees nothing has both at 0), so the first and
-// the last row tell.
+// row's range only move up from row to row, so the first and the last row tell.
 struct ItemKeys {
   KeyRange any;
   KeyRange all;
@@ -186,15 +198,22 @@ LEANATTN_HD TileRange item_tiles(const Problem& p, const KeyRange& any) {
   return {any.begin >> p.tile_tokens_log2, ((any.end - 1) >> p.tile_tokens_log2) + 1};
 }
 
-// Row blocks of a sequence that see no key, and so have no tile: always the first ones, since later
-// rows see later keys.
+// Whether none of the item's rows sees a key: it has no tile.
 template <bool kPlain = false>
-LEANATTN_HD int num_empty_row_blocks(const Problem& p, const Sequence& s) {
+LEANATTN_HD bool is_empty_item(const Problem& p, const Sequence& s, int row_block) {
+  return item_keys<kPlain>(p, s, row_block).any.empty();
+}
+
+// How many of a sequence's row blocks there are up to the last that is_empty_item may be true of. Later
+// rows see later tokens, so empty ones come first; but where other ranks have tokens, any may be empty.
+template <bool kPlain = false>
+LEANATTN_HD int end_of_empty_items(const Problem& p, const Sequence& s) {
   if (kPlain) return s.length == 0;
   const int row_blocks = num_row_blocks(p, s);
+  if (!p.shard.is_whole()) return row_blocks;
   int empty = 0;
   LEANATTN_KEEP_ROLLED
-  while (empty < row_blocks && item_keys(p, s, empty).any.empty()) ++empty;
+  while (empty < row_blocks && is_empty_item(p, s, empty)) ++empty;
   return empty;
 }
 

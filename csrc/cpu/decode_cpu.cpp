@@ -156,7 +156,7 @@ class CpuDecode {
                 params_.v_head_stride, params_.v_dim_stride, head_dim_v, v.data());
       for (int row = 0; row < rows; ++row) {
         const QueryRow r = query_row(params_, segment, row);
-        const KeyRange seen = visible_keys(problem_.mask, segment.sequence.length, r.position);
+        const KeyRange seen = keys_seen_from(problem_, segment.sequence, r.position);
         const int begin = std::max(seen.begin, keys.begin);
         const int end = std::min(seen.end, keys.end);
         if (begin >= end) continue;  // keys that this row does not see are not even multiplied by 0
@@ -183,7 +183,8 @@ class CpuDecode {
     float new_max = static_cast<float>(states.max[row]);
     for (int key = begin; key < end; ++key) {
       double& score = scores[key - begin];
-      score = score_log2(params_, score * k_scale, slope, std::abs(r.position - key));
+      const int token = problem_.shard.is_whole() ? key : problem_.shard.token_of(key);
+      score = score_log2(params_, score * k_scale, slope, std::abs(r.position - token));
       score = exact_unless_large(score, static_cast<float>(score));
       new_max = std::fmax(new_max, static_cast<float>(score));
     }
@@ -331,19 +332,35 @@ class CpuDecode {
   }
 
   void write_row(int seq, int q_row, int head, const double* o, double factor, float lse) const {
-    Element* out = static_cast<Element*>(params_.out) + out_offset(params_, seq, q_row, head);
-    for (int d = 0; d < params_.head_dim_v; ++d) {
-      out[d * params_.out_dim_stride] =
-          static_cast<Element>(static_cast<float>(o ? o[d] * factor : 0.0));
+    const int64_t offset = out_offset(params_, seq, q_row, head);
+    if (params_.float32_out) {
+      write_elements(static_cast<float*>(params_.out) + offset, o, factor);
+    } else {
+      write_elements(static_cast<Element*>(params_.out) + offset, o, factor);
     }
     if (params_.lse) params_.lse[lse_offset(params_, seq, q_row, head)] = lse;
   }
 
+  template <class Out>
+  void write_elements(Out* out, const double* o, double factor) const {
+    for (int d = 0; d < params_.head_dim_v; ++d) {
+      out[d * params_.out_dim_stride] =
+          static_cast<Out>(static_cast<float>(o ? o[d] * factor : 0.0));
+    }
+  }
+
   void write_empty_items(int seq) const {
     const Sequence sequence = line_.sequence(seq);
-    const int rows = std::min(num_empty_row_blocks(problem_, sequence) * problem_.rows_per_item,
-                              num_rows(problem_, sequence));
-    for (int row = 0; row < rows; ++row) {
+    const int blocks = end_of_empty_items(problem_, sequence);
+    for (int block = 0; block < blocks; ++block) {
+      if (is_empty_item(problem_, sequence, block)) write_empty_item(seq, sequence, block);
+    }
+  }
+
+  void write_empty_item(int seq, const Sequence& sequence, int block) const {
+    const int first = block * problem_.rows_per_item;
+    const int rows = item_rows(problem_, sequence, block);
+    for (int row = first; row < first + rows; ++row) {
       for (int head_kv = 0; head_kv < problem_.num_heads_kv; ++head_kv) {
         const int head = head_kv * problem_.group_size + row % problem_.group_size;
         write_row(seq, sequence.query_begin + row / problem_.group_size, head, nullptr, 0.0,

@@ -8,7 +8,7 @@
 namespace leanattn {
 namespace {
 
-template <class Element>
+template <class Element, class Out>
 void merge_row(const MergeParams& p, int row_index) {
   const MergeRow row = find_merge_row(p, row_index);
   const float base = merge_base(p, row);
@@ -24,14 +24,28 @@ void merge_row(const MergeParams& p, int row_index) {
     for (int d = 0; d < p.head_dim; ++d) o[d] += weight * static_cast<float>(from[d]);
   }
   const float factor = inverse_of(sum);
-  Element* out = static_cast<Element*>(p.out) + int64_t{row_index} * p.head_dim;
-  for (int d = 0; d < p.head_dim; ++d) out[d] = static_cast<Element>(o[d] * factor);
+  Out* out = static_cast<Out*>(p.out) + int64_t{row_index} * p.head_dim;
+  for (int d = 0; d < p.head_dim; ++d) out[d] = static_cast<Out>(o[d] * factor);
   p.lse[row_index] = merged_lse(base, sum);
 }
 
-template <class Element>
+template <class Element, class Out = Element>
 void merge(const MergeParams& p, const ParallelFor& parallel_for) {
-  parallel_for(p.num_rows, [&](int64_t row) { merge_row<Element>(p, static_cast<int>(row)); });
+  parallel_for(p.num_rows, [&](int64_t row) { merge_row<Element, Out>(p, static_cast<int>(row)); });
+}
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+void merge_float32(const MergeParams& p, const ParallelFor& parallel_for) {
+  switch (p.out_type) {
+    case ElementType::kFloat32:
+      return merge<float>(p, parallel_for);
+    case ElementType::kFloat16:
+      return merge<float, Half>(p, parallel_for);
+    case ElementType::kBFloat16:
+      return merge<float, BFloat16>(p, parallel_for);
+  }
 }
 
 }  // namespace
@@ -39,11 +53,11 @@ void merge(const MergeParams& p, const ParallelFor& parallel_for) {
 void merge_cpu(const MergeParams& params, const ParallelFor& parallel_for) {
   switch (params.element_type) {
     case ElementType::kFloat32:
-      return merge<float>(params, parallel_for);
+      return merge_float32(params, parallel_for);
     case ElementType::kFloat16:
-      return merge<torch::headeronly::Half>(params, parallel_for);
+      return merge<Half>(params, parallel_for);
     case ElementType::kBFloat16:
-      return merge<torch::headeronly::BFloat16>(params, parallel_for);
+      return merge<BFloat16>(params, parallel_for);
   }
 }
 

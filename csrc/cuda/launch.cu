@@ -236,7 +236,9 @@ FeatureSet features_of(const DecodeParams& params) {
   if (!is_lean && fewest != "masked" && fewest != "all") {
     throw PlanError("LEANATTN_FEATURES", "must be 'lean', 'masked' or 'all', got '", fewest, "'");
   }
-  if (fewest == "all" || params.batch_invariant || params.head_pairs) return FeatureSet::kAll;
+  if (fewest == "all" || params.batch_invariant || params.head_pairs || params.float32_out) {
+    return FeatureSet::kAll;
+  }
   const bool has_plain_scores = params.softcap == 0.0f && !params.alibi_slopes;
   const bool is_plain = is_lean && has_plain_scores && has_plain_items(params.problem);
   if (!is_float8(params.cache_type)) return is_plain ? FeatureSet::kLean : FeatureSet::kMasked;

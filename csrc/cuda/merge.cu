@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 128;
 
 // threads_per_row: a power of two up to kThreads.
-template <class Element, int kWidth>
+template <class Element, class Out, int kWidth>
 __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeParams p, int threads_per_row) {
   const int rows_per_cta = kThreads / threads_per_row;
   const int64_t row_index = int64_t{blockIdx.x} * rows_per_cta + threadIdx.x / threads_per_row;
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeParams p, in
       }
     }
     const float factor = inverse_of(sum);
-    Vector<Element, kWidth> result;
-    for (int d = 0; d < kWidth; ++d) result.element[d] = from_float<Element>(o[d] * factor);
-    store_vector(static_cast<Element*>(p.out) + row_index * p.head_dim + dim, result);
+    Vector<Out, kWidth> result;
+    for (int d = 0; d < kWidth; ++d) result.element[d] = from_float<Out>(o[d] * factor);
+    store_vector(static_cast<Out*>(p.out) + row_index * p.head_dim + dim, result);
     if (dim == 0) p.lse[row_index] = merged_lse(base, sum);
   }
 }
@@ -53,25 +53,36 @@ bool is_vectorizable(const MergeParams& p) {
   return aligned;
 }
 
-template <class Element, int kWidth>
+template <class Element, class Out, int kWidth>
 void launch(const MergeParams& p, cudaStream_t stream) {
   int threads_per_row = 1;
   while (threads_per_row < kThreads && threads_per_row * kWidth < p.head_dim) threads_per_row *= 2;
   const int64_t grid = ceil_div<int64_t>(p.num_rows, kThreads / threads_per_row);
-  launch_grid("merge_kernel", merge_kernel<Element, kWidth>, grid, kThreads, stream, p,
+  launch_grid("merge_kernel", merge_kernel<Element, Out, kWidth>, grid, kThreads, stream, p,
               threads_per_row);
 }
 
-template <class Element>
+template <class Element, class Out = Element>
 void launch_widest(const MergeParams& p, cudaStream_t stream) {
-  if (is_vectorizable<Element>(p)) return launch<Element, 16 / sizeof(Element)>(p, stream);
-  launch<Element, 1>(p, stream);
+  if (is_vectorizable<Element>(p)) return launch<Element, Out, 16 / sizeof(Element)>(p, stream);
+  launch<Element, Out, 1>(p, stream);
 }
 
-template <class Element>
+void launch_float32(const MergeParams& p, cudaStream_t stream) {
+  switch (p.out_type) {
+    case ElementType::kFloat32:
+      return launch_widest<float>(p, stream);
+    case ElementType::kFloat16:
+      return launch_widest<float, __half>(p, stream);
+    case ElementType::kBFloat16:
+      return launch_widest<float, __nv_bfloat16>(p, stream);
+  }
+}
+
+template <class Element, class Out = Element>
 void load_kernels() {
-  load_kernel(merge_kernel<Element, 16 / sizeof(Element)>);
-  load_kernel(merge_kernel<Element, 1>);
+  load_kernel(merge_kernel<Element, Out, 16 / sizeof(Element)>);
+  load_kernel(merge_kernel<Element, Out, 1>);
 }
 
 }  // namespace
@@ -79,7 +90,7 @@ void load_kernels() {
 void launch_merge(const MergeParams& params, cudaStream_t stream) {
   switch (params.element_type) {
     case ElementType::kFloat32:
-      return launch_widest<float>(params, stream);
+      return launch_float32(params, stream);
     case ElementType::kFloat16:
       return launch_widest<__half>(params, stream);
     case ElementType::kBFloat16:
@@ -91,6 +102,8 @@ void warm_up_merge() {
   load_kernels<float>();
   load_kernels<__half>();
   load_kernels<__nv_bfloat16>();
+  load_kernels<float, __half>();
+  load_kernels<float, __nv_bfloat16>();
 }
 
 }  // namespace leanattn

@@ -273,7 +273,7 @@ PYBIND11_MODULE(headers, m) {
     const ItemKeys keys = item_keys(problem, sequence, row_block);
     return py::make_tuple(pair(keys.any), pair(keys.all), keys.alike());
   });
-  m.def("num_empty_row_blocks", &num_empty_row_blocks);
+  m.def("end_of_empty_items", &end_of_empty_items);
   m.def("tiles_per_head", &tiles_per_head);
   m.def("max_tiles", &max_tiles);
   m.def("make_shares",

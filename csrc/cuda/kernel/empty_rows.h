@@ -11,9 +11,11 @@ namespace leanattn {
 template <class Traits>
 __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int seq, int q_row,
                                                 int head, float lse) {
-  Float16* out = static_cast<Float16*>(params.out) + out_offset(params, seq, q_row, head);
-  for (int dim = threadIdx.x % 32 * 8; dim < out_head_dim(params); dim += 32 * 8) {
-    *reinterpret_cast<uint4*>(out + dim) = uint4{};
+  const int element_bytes = Traits::Features::kFloat32Out && params.float32_out ? 4 : 2;
+  char* out = static_cast<char*>(params.out) + out_offset(params, seq, q_row, head) * element_bytes;
+  const int bytes = out_head_dim(params) * element_bytes;
+  for (int at = threadIdx.x % 32 * 16; at < bytes; at += 32 * 16) {
+    *reinterpret_cast<uint4*>(out + at) = uint4{};
   }
   if (threadIdx.x % 32 == 0 && params.lse) params.lse[lse_offset(params, seq, q_row, head)] = lse;
 }
@@ -87,7 +89,7 @@ __device__ __forceinline__ void write_empty_rows(const DecodeParams& params) {
     } else {
       sequence = load_sequence<kPlain>(problem, seq, 0);
     }
-    const int my_blocks = group + lane < end ? num_empty_row_blocks<kPlain>(problem, sequence) : 0;
+    const int my_blocks = group + lane < end ? end_of_empty_items<kPlain>(problem, sequence) : 0;
     unsigned lanes = __ballot_sync(~0u, my_blocks > 0);
     LEANATTN_KEEP_ROLLED
     for (; lanes != 0; lanes &= lanes - 1) {
@@ -98,6 +100,7 @@ __device__ __forceinline__ void write_empty_rows(const DecodeParams& params) {
       const int blocks = __shfl_sync(~0u, my_blocks, from);
       LEANATTN_KEEP_ROLLED
       for (int block = 0; block < blocks; ++block) {
+        if (!kPlain && !is_empty_item(problem, empty, block)) continue;
         LEANATTN_KEEP_ROLLED
         for (int head_kv = 0; head_kv < problem.num_heads_kv; ++head_kv) {
           write_empty_item<Traits>(params, group + from, empty, head_kv, block);

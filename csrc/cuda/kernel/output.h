@@ -78,11 +78,16 @@ __device__ __forceinline__ void write_quad(const DecodeParams& params, const Seg
     factor *= scale_of(params.v_scale, segment.seq, own_kv_head(params, segment, row.head));
   }
   if (!has_keys) factor = 0.0f;  // be the sink and the scale NaN
+  const int64_t offset = out_offset(params, segment.seq, q_row, row.head) + dim;
+  if (Traits::Features::kFloat32Out && params.float32_out) {
+    const float4 o = {state.o[0] * factor, state.o[1] * factor, state.o[2] * factor,
+                      state.o[3] * factor};
+    *reinterpret_cast<float4*>(static_cast<float*>(params.out) + offset) = o;
+    return;
+  }
   const uint2 packed = is_bfloat16<Traits>(params) ? pack_quad<__nv_bfloat16>(state.o, factor)
                                                    : pack_quad<__half>(state.o, factor);
-  Float16* out =
-      static_cast<Float16*>(params.out) + out_offset(params, segment.seq, q_row, row.head);
-  *reinterpret_cast<uint2*>(out + dim) = packed;
+  *reinterpret_cast<uint2*>(static_cast<Float16*>(params.out) + offset) = packed;
 }
 
 }  // namespace leanattn

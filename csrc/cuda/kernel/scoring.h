@@ -23,7 +23,7 @@ class Scoring {
 
   __device__ __forceinline__ KeyRange keys_of(int position) const {
     if constexpr (Traits::kPlainItems) return segment_->keys.any;
-    return visible_keys(params_.problem.mask, segment_->sequence.length, position);
+    return keys_seen_from(params_.problem, segment_->sequence, position);
   }
 
   // Whether a score is only the scaled product, wherever the key is seen.
@@ -48,10 +48,16 @@ class Scoring {
         slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
                                      head * params_.alibi_head_stride];
       }
-      visit([&](float dot, int key) {
-        const float score = score_log2(params_, dot, slope, abs(position - key));
+      const auto finished = [&](float dot, int key, int token) {
+        const float score = score_log2(params_, dot, slope, abs(position - token));
         return keys.contains(key) ? score : kNegativeInfinity;
-      });
+      };
+      const Shard& shard = params_.problem.shard;
+      if (shard.is_whole()) {
+        visit([&](float dot, int key) { return finished(dot, key, key); });
+      } else {
+        visit([&](float dot, int key) { return finished(dot, key, shard.token_of(key)); });
+      }
     }
   }
 

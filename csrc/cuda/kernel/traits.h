@@ -76,6 +76,7 @@ struct Float16 {
 struct AllFeatures {
   static constexpr bool kPlainItems = false;    // no others: schedule.h
   static constexpr bool kScaledScores = false;  // no softcap, no ALiBi
+  static constexpr bool kFloat32Out = true;     // beside an out of q's dtype
   static constexpr bool kFixedLoader = false;   // the architecture's fastest, and no other
   // Of those that differ by a run-time parameter, here none is left out:
   static constexpr bool kPaged = true, kContiguous = true;  // caches
@@ -88,6 +89,7 @@ template <bool kIsBFloat16, bool kIsPaged>
 struct LeanFeatures {
   static constexpr bool kPlainItems = true;
   static constexpr bool kScaledScores = true;
+  static constexpr bool kFloat32Out = false;
   static constexpr bool kFixedLoader = true;
   static constexpr bool kPaged = kIsPaged, kContiguous = !kIsPaged;
   static constexpr bool kFloat16 = !kIsBFloat16, kBFloat16 = kIsBFloat16;
