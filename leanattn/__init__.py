@@ -3,7 +3,16 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
-from leanattn.flash_attn import flash_attn_with_kvcache
+from leanattn.explain import explain
+from leanattn.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 from leanattn.integrations import torch_flash
 from leanattn.ops import (
     __version__,
@@ -16,7 +25,7 @@ from leanattn.ops import (
     warmup,
 )
 from leanattn.schedule import schedule
-from leanattn.sdpa import Route, explain, scaled_dot_product_attention
+from leanattn.sdpa import Route, scaled_dot_product_attention
 
 __all__ = [
     "Route",
@@ -25,6 +34,12 @@ __all__ = [
     "counters",
     "decode",
     "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "is_supported",
     "merge_states",

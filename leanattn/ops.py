@@ -48,11 +48,12 @@ def decode(
 
     Args:
         q: `[B, Sq, Hq, D]`, or `[B, Hq, D]` for one query a sequence; `[total_q, Hq, D]` with
-            cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D a multiple of 8 up to 576.
+            cu_seqlens_q. float16 or bfloat16; on the CPU float32 too. D up to 576, on CUDA even.
         k_cache: `[B, S, Hkv, D]`, or with block_table `[num_pages, page_size, Hkv, D]`; q's dtype,
-            or float8_e4m3fn or float8_e5m2 (D a multiple of 16 then) under float16 and bfloat16.
-            Hq is a multiple of Hkv. Any strides (on CUDA: the last dimension contiguous, pointers
-            and strides multiples of 16 bytes, of 8 with float8), any page_size >= 1.
+            or float8_e4m3fn or float8_e5m2 (on CUDA D a multiple of 4 then) under float16 and
+            bfloat16. Hq is a multiple of Hkv. Any strides (on CUDA: the last dimension contiguous,
+            pointers and strides multiples of 4 bytes, q's and out's of 16 where head dims are
+            multiples of 8), any page_size >= 1.
         v_cache: `[B, S, Hkv, Dv]` or `[num_pages, page_size, Hkv, Dv]`, likewise; Dv may differ
             from D, up to 512, its dtype not from k_cache's. With head dims beyond 256, of
             multi-head latent attention, a view of k_cache's first Dv columns is read once.

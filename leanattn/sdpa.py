@@ -1,12 +1,15 @@
 """scaled_dot_product_attention with torch's signature: decode steps here, the rest by torch.
 
-`_refusal` is the decision table of docs/sdpa.md: `explain` says what it says.
+`choose` is the decision table of docs/sdpa.md, which the functions of leanattn.flash_attn go by
+too: `leanattn.explain` says what it says.
 """
 
 import os
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
 from leanattn.ops import has_tangent
@@ -25,13 +28,14 @@ _HAS_CUDA_KERNELS = _ops.build_info().split(";")[1] != "cpu"
 
 @dataclass(frozen=True)
 class Route:
-    """Where `scaled_dot_product_attention` sends a call: "leanattn" or "torch", and why."""
+    """Where a call goes, "leanattn" or "torch", why, and by what of torch, if there is a choice."""
 
     backend: str
     reason: str
+    by: Optional[str] = None
 
     def __str__(self):
-        return f"{self.backend}: {self.reason}"
+        return f"{self.backend}: {self.reason}" + (f" (by {self.by})" if self.by else "")
 
 
 def scaled_dot_product_attention(
@@ -57,27 +61,35 @@ def scaled_dot_product_attention(
         ValueError: LEANATTN_BACKEND is "leanattn" and leanattn does not take the call, or it is
             none of the three. All else is as torch raises it.
     """
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     if _route(*arguments).backend == "torch":
         return _torch_sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    step = _ops.sdpa_step if torch.compiler.is_compiling() else decode_bhsd
-    return step(query, key, value, is_causal, scale)
+    if torch.compiler.is_compiling():
+        return _ops.sdpa_step(query, key, value, is_causal, scale)
+    if attn_mask is None:
+        return decode_bhsd(query, key, value, is_causal, scale)
+    if isinstance(attn_mask, CausalBias):
+        is_lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+        return decode_bhsd(query, key, value, not is_lower_right, scale, causal=is_lower_right)
+    lengths = _prefix_lengths(query, key, attn_mask)
+    return decode_bhsd(query, key, value, False, scale, cache_seqlens=lengths)
 
 
-def decode_bhsd(query, key, value, is_causal, scale, out=None, lse=None):
+def decode_bhsd(query, key, value, is_causal, scale, out=None, lse=None, **options):
     """SDPA by the op: [B, H, S, D] tensors, is_causal aligned to the top left.
 
     Args:
         out, lse: `[B, Hq, Sq, Dv]` and fp32 `[B, Hq, Sq]`, to be written; both or none.
+        options: more of `leanattn.decode`'s, whose causal is aligned to the bottom right.
     """
     queries = query.shape[2]
     if is_causal:
         # Query i sees the keys 0 to i. In the op it stands at keys - queries + i.
         key, value = key[:, :, :queries], value[:, :, :queries]
     arguments = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    options = dict(softmax_scale=scale, causal=False)
+    options = dict(softmax_scale=scale, causal=False) | options
     if is_causal:
         options["window_right"] = queries - key.shape[2]
     if out is None:
@@ -98,8 +110,10 @@ _library.define(
 
 @torch.library.impl(_library, "sdpa_step", "CompositeExplicitAutograd")
 def _(query, key, value, is_causal, scale):
-    aligned = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (query, key, value))
-    return decode_bhsd(*aligned, is_causal, scale)
+    if query.data_ptr() % 16:
+        query = query.clone()
+    key, value = (t if t.data_ptr() % 4 == 0 else t.clone() for t in (key, value))
+    return decode_bhsd(query, key, value, is_causal, scale)
 
 
 @torch.library.register_fake("leanattn::sdpa_step", lib=_library)
@@ -108,19 +122,12 @@ def _(query, key, value, is_causal, scale):
     return query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
 
 
-def explain(
+def explain_sdpa(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
     enable_gqa=False,
 ):  # fmt: skip
-    """Which way `scaled_dot_product_attention` takes with these arguments, without taking it.
-
-    Returns:
-        Route(backend, reason).
-
-    Raises:
-        ValueError: where the call itself would, because of LEANATTN_BACKEND.
-    """
-    return _route(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    """`leanattn.explain` of `scaled_dot_product_attention`."""
+    return _route(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
 
 
 def backend_override():
@@ -167,15 +174,21 @@ def unsupported(query, key, value):
         return "a tensor is empty"
     if query.shape[1] % key.shape[1]:
         return "query's heads are no multiple of key's"
-    for size, largest in ((query.shape[3], MAX_HEAD_DIM), (value.shape[3], MAX_HEAD_DIM_V)):
-        if size % 8 or size > largest:
-            return "a head dim is no multiple of 8 up to 576 (value's: 512)"
+    dims = (query.shape[3], value.shape[3])
+    if dims[0] > MAX_HEAD_DIM or dims[1] > MAX_HEAD_DIM_V:
+        return "a head dim is beyond 576 (value's: 512)"
     if device == "cuda":
-        for tensor in (query, key, value):
-            # In 2-byte elements: the op wants pointers and strides in multiples of 16 bytes.
+        if any(dim % 2 for dim in dims):
+            return "a head dim is odd"
+        # In 2-byte elements: the op wants multiples of 4 bytes, of query of 16 if it does not pad.
+        query_grain = 1 if any(dim % 8 for dim in dims) else 8
+        for tensor, grain in ((query, query_grain), (key, 2), (value, 2)):
             strides = tensor.stride()
-            if strides[3] != 1 or any(s % 8 for s in strides[:3]) or _begins_between(tensor):
+            is_contiguous = strides[3] == 1 or (tensor is query and query_grain == 1)
+            if not is_contiguous or any(s % grain for s in strides[:3]):
                 return "a tensor's last dimension is not contiguous, or its strides are not aligned"
+            if _begins_between(tensor, grain):
+                return "a tensor does not begin at an aligned address"
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
@@ -185,39 +198,80 @@ def unsupported(query, key, value):
     return None
 
 
-def _begins_between(tensor):
-    """Whether it does not begin at a multiple of 16 bytes; unknown while a graph is made."""
-    return not torch.compiler.is_compiling() and tensor.storage_offset() % 8 != 0
+def _begins_between(tensor, grain):
+    """Whether it begins at no multiple of `grain` elements; unknown while a graph is made."""
+    return not torch.compiler.is_compiling() and tensor.storage_offset() % grain != 0
 
 
-def _refusal(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """(why leanattn cannot take a call, why it had better not); the first reason that holds."""
-    reason = unsupported(query, key, value)
-    if reason is not None:
-        return reason, None
-    if attn_mask is not None:
-        return "there is an attn_mask", None
-    if dropout_p != 0.0:
-        return "there is dropout", None
-    if query.shape[1] != key.shape[1] and not enable_gqa:
-        return "query and key differ in heads, without enable_gqa", None
-    if query.shape[2] > MAX_QUERIES:
-        return None, "more than 16 queries: a prefill"
-    if query.device.type == "cpu":
-        return None, "on the CPU torch is faster"
-    return None, None
+def _prefix_lengths(query, key, mask):
+    """`[B]` int32, how many keys each sequence's queries see by a bool mask that is padding: every
+    query the same, those before the padding, at least one. None where the mask is anything else, or
+    lies on a device, where the host would have to wait for it."""
+    batch, _, queries, _ = query.shape
+    if mask.device.type != "cpu" or mask.dtype != torch.bool or mask.dim() > 4:
+        return None
+    try:
+        mask = mask.expand(batch, query.shape[1], queries, key.shape[2])
+    except RuntimeError:
+        return None
+    rows = mask[:, 0, 0]
+    lengths = rows.sum(-1)
+    is_prefix = torch.arange(key.shape[2]) < lengths[:, None]
+    is_padding = (mask == is_prefix[:, None, None]).all() and (lengths > 0).all()
+    return lengths.int() if is_padding else None
 
 
-def _route(*arguments):
+def _needs_mask(query, key, attn_mask):
+    """Whether attn_mask is more than the op's own causal masks and lengths can say."""
+    if attn_mask is None:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    if isinstance(attn_mask, CausalBias):
+        return (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[2], key.shape[2])
+    return _prefix_lengths(query, key, attn_mask) is None
+
+
+def choose(query, key, value, *, cannot, queries, torch_lacks=None):
+    """The decision table: the first reason that holds.
+
+    Args:
+        query, key, value: `[B, H, S, D]`.
+        cannot: a function that gives why leanattn cannot take the call, where it can take such
+            tensors, or None.
+        queries: of a sequence, at most.
+        torch_lacks: why torch had better not take it, however many queries there are.
+    """
     override = backend_override()
     if override == "torch":
         return Route("torch", "LEANATTN_BACKEND is torch")
-    cannot, had_better_not = _refusal(*arguments)
+    reason = unsupported(query, key, value) or cannot()
     if override == "leanattn":
-        if cannot is not None:
-            raise ValueError(f"LEANATTN_BACKEND is leanattn, which cannot take this call: {cannot}")
+        if reason is not None:
+            raise ValueError(f"LEANATTN_BACKEND is leanattn, which cannot take this call: {reason}")
         return Route("leanattn", "LEANATTN_BACKEND is leanattn")
-    reason = cannot or had_better_not
     if reason is not None:
         return Route("torch", reason)
+    if query.device.type == "cpu":
+        return Route("torch", "on the CPU torch is faster")
+    if torch_lacks is not None:
+        return Route("leanattn", torch_lacks)
+    if queries > MAX_QUERIES:
+        return Route("torch", "more than 16 queries: a prefill")
     return Route("leanattn", "a decode step: at most 16 queries, no mask, dropout or gradients")
+
+
+def _route(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa):
+    def cannot():
+        if attn_mask is not None and is_causal:
+            return "there are an attn_mask and is_causal"
+        if _needs_mask(query, key, attn_mask):
+            return "there is an attn_mask"
+        if dropout_p != 0.0:
+            return "there is dropout"
+        if query.shape[1] != key.shape[1] and not enable_gqa:
+            return "query and key differ in heads, without enable_gqa"
+        return None
+
+    queries = query.shape[2] if query.dim() > 2 else 1
+    return choose(query, key, value, cannot=cannot, queries=queries)

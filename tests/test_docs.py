@@ -70,6 +70,11 @@ def test_sdpa_page(capsys):
     assert printed.startswith("leanattn: " if torch.cuda.is_available() else "torch: ")
 
 
+def test_flash_attn_page():
+    found = run_page("flash_attn.md")
+    assert found["route"].reason and found["out"].isfinite().all()
+
+
 def test_own_model_page():
     namespace = run_page("own_model.md")
     assert namespace["lengths"].tolist() == [7, 1, 12]

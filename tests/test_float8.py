@@ -218,9 +218,6 @@ def test_mistakes(device, cache_dtype):
     is_refused(case, "k_scale", "Float", k_scale=torch.ones(2, device=device).half())
     is_refused(case, "k_scale", "[num_heads_kv]", k_scale=torch.ones(3, device=device))
     is_refused(case, "v_scale", "[batch, num_heads_kv]", v_scale=torch.ones(2, 2, device=device))
-    is_refused(case, "q", "multiples of 16", q=case["q"][..., :40],
-               k_cache=case["k_cache"][..., :40])  # fmt: skip
-    is_refused(case, "v_cache", "multiples of 16", v_cache=case["v_cache"][..., :24])
     plain = make_case(device, torch.float16)
     is_refused(plain, "k_scale", "Float8 caches only", k_scale=torch.ones(1, device=device))
     if device == "cpu":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import COSINE_TOLERANCE
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention as torch_sdpa
 
 import leanattn
@@ -99,11 +100,11 @@ def replaced(inputs, index, change):
 
 # What is changed, and a word of the reason.
 REFUSED = {
-    "mask": (lambda i: (i, dict(attn_mask=torch.ones(1, 200, dtype=bool, device=i[0].device))),
+    "mask": (lambda i: (i, dict(attn_mask=torch.arange(200, device=i[0].device)[None] != 7)),
              "attn_mask"),
     "dropout": (lambda i: (i, dict(dropout_p=0.5)), "dropout"),
     "gradients": (lambda i: (replaced(i, 1, lambda x: x.requires_grad_()), {}), "gradients"),
-    "head-dim": (lambda i: ([x[..., :60] for x in i], {}), "head dim"),
+    "head-dim": (lambda i: ([x.repeat(1, 1, 1, 10) for x in i], {}), "head dim"),
     "fp64": (lambda i: ([x.double() for x in i], {}), "dtype"),
     "3-D": (lambda i: ([x[0] for x in i], {}), "4-D"),
     "batch": (lambda i: (replaced(i, 0, lambda x: x[:1]), {}), "batch"),
@@ -187,8 +188,10 @@ def test_cuda_decode_steps_go_to_leanattn(device):
     assert route.backend == "leanattn" and "decode step" in str(route)
     assert "dtype" in leanattn.explain(*make("cuda", dtype=torch.float32)).reason
     query, key, value = make("cuda", dims=(56, 64))
-    odd = torch.randn(2, 4, 200, 60, dtype=key.dtype, device="cuda")[..., :56]
+    odd = torch.randn(2, 4, 200, 61, dtype=key.dtype, device="cuda")[..., :56]
     assert "aligned" in leanattn.explain(query, odd, value).reason
+    query, odd = (x[..., :55] for x in (query, odd))
+    assert "odd" in leanattn.explain(query, odd, value).reason
 
 
 def test_override(monkeypatch, calls):
@@ -206,9 +209,9 @@ def test_override(monkeypatch, calls):
 
 def test_route_reads_well():
     """What a user prints."""
-    route = leanattn.explain(*make("cpu"), attn_mask=torch.ones(1, 200, dtype=bool))
+    route = leanattn.explain(*make("cpu"), attn_mask=torch.arange(200)[None] != 7)
     assert str(route) == "torch: there is an attn_mask"
-    assert repr(route) == "Route(backend='torch', reason='there is an attn_mask')"
+    assert repr(route) == "Route(backend='torch', reason='there is an attn_mask', by=None)"
 
 
 @pytest.mark.parametrize("backend", ["leanattn", "torch"])
@@ -366,3 +369,76 @@ def test_autocast(monkeypatch):
         narrow = key.bfloat16()
         out = leanattn.scaled_dot_product_attention(query.bfloat16(), narrow, narrow)
         assert out.dtype == torch.bfloat16
+
+
+# --- Masks that the op can say -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("queries", [1, 5, 16])
+@pytest.mark.not_emulated
+def test_causal_masks_of_torch(queries, variant, device, monkeypatch, calls):
+    """torch's own objects, which say where their corner is."""
+    monkeypatch.setenv("LEANATTN_BACKEND", LEANATTN[device])
+    inputs = make(device, heads=(8, 2), queries=queries, keys=40)
+    mask = variant(queries, 40)
+    out = leanattn.scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
+    rows = torch.arange(queries)[:, None] + (40 - queries) * (variant is causal_lower_right)
+    assert_like_torch(out, *inputs, (torch.arange(40) <= rows).to(device), enable_gqa=True)
+    assert not calls
+    # Of other lengths it is torch's to say what is wrong.
+    assert "attn_mask" in reason_of_torch(*inputs, variant(queries, 39), enable_gqa=True)
+
+
+def reason_of_torch(*arguments, **options):
+    try:
+        return leanattn.explain(*arguments, **options).reason
+    except ValueError as error:  # leanattn by name
+        return str(error)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_padding_that_the_host_can_read(queries, monkeypatch, calls):
+    """A bool mask on the CPU whose rows are prefixes, in every shape that broadcasts."""
+    monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+    inputs = make("cpu", heads=(4, 4), queries=queries, keys=40)
+    padding = torch.arange(40) < torch.tensor([[7], [40]])
+    for mask in (
+        padding[:, None, None],
+        padding[:, None, None].expand(2, 4, queries, 40),
+        padding[:1].expand(queries, 40),
+    ):
+        out = leanattn.scaled_dot_product_attention(*inputs, mask)
+        assert_like_torch(out, *inputs, mask)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.arange(40)[None] != 7,
+        torch.arange(40)[None] >= 7,
+        torch.zeros(1, 40, dtype=torch.bool),  # torch's result for no key at all
+        torch.arange(40) <= torch.arange(5)[:, None],
+        torch.zeros(1, 40),
+        torch.ones(3, 1, 1, 40, dtype=torch.bool),
+    ],
+    ids=["hole", "left", "nothing", "a-row-each", "float", "other-batch"],
+)
+def test_other_masks_are_torchs(mask, monkeypatch):
+    monkeypatch.setenv("LEANATTN_BACKEND", "leanattn")
+    with pytest.raises(ValueError, match="there is an attn_mask"):
+        leanattn.scaled_dot_product_attention(*make("cpu", queries=5, keys=40), mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.not_emulated
+def test_a_mask_on_a_gpu_is_not_read(device):
+    """The host would have to wait for it."""
+    inputs = make("cuda", queries=5, keys=40)
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert leanattn.explain(*inputs, mask).reason == "there is an attn_mask"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -97,13 +97,12 @@ void Checker::scale(const OptionalTensor& t, const char* argument, const Tensor&
   }
 }
 
-void Checker::cuda_layout(const Tensor& t, const char* argument) const {
+void Checker::cuda_layout(const Tensor& t, const char* argument, int64_t grain) const {
   const int64_t element_size = static_cast<int64_t>(t.element_size());
   const int64_t dims = t.dim();
   require(t.stride(dims - 1) == 1 || t.size(dims - 1) == 1, argument,
           "must have a contiguous last dimension on CUDA, got strides ", strides_of(t));
   if (t.numel() == 0) return;
-  const int64_t grain = is_fp8(t) ? 8 : 16;
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   require(address % grain == 0, argument, "must begin on a ", grain,
           "-byte boundary on CUDA, got address ", address, ", which is ", address % grain,

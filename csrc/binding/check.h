@@ -92,9 +92,8 @@ class Checker {
   // Of a float8 cache, [.., .., num_heads_kv, ..]: fp32 of one element, a head, or a sequence and head.
   void scale(const OptionalTensor& t, const char* argument, const Tensor& cache,
              int64_t batch) const;
-  // The last dimension contiguous and everything else on 16-byte boundaries, of a float8 cache on
-  // 8-byte ones, which CUDA needs.
-  void cuda_layout(const Tensor& t, const char* argument) const;
+  // The last dimension contiguous and everything else on boundaries of `grain` bytes, which CUDA needs.
+  void cuda_layout(const Tensor& t, const char* argument, int64_t grain) const;
 
  private:
   const char* op_;

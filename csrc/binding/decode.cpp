@@ -94,9 +94,8 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
 }
 #endif
 
-void run(const Checker& check, const DecodeArguments& a, const Tensor& out,
-         const OptionalTensor& lse) {
-  if (out.numel() == 0) return;
+void run_as_they_are(const Checker& check, const DecodeArguments& a, const Tensor& out,
+                     const OptionalTensor& lse) {
   DecodeParams params = make_params(a, out, lse);
   try {
     if (a.q.is_cpu()) return run_cpu(check, a, params);
@@ -106,6 +105,27 @@ void run(const Checker& check, const DecodeArguments& a, const Tensor& out,
   } catch (const PlanError& error) {
     check.require(false, error.argument(), error.text());
   }
+}
+
+// With q and out in rows of whole 16 bytes.
+void run_padded(const Checker& check, DecodeArguments a, Tensor out, const OptionalTensor& lse) {
+  const auto padding = [](int64_t head_dim) { return (8 - head_dim % 8) % 8; };
+  const int64_t last = out.dim() - 1;
+  const int64_t head_dim_v = out.size(last);
+  const std::vector<int64_t> behind{0, padding(a.q.size(last))};
+  a.q = torch::stable::contiguous(torch::stable::pad(a.q, behind));
+  std::vector<int64_t> shape(out.sizes().begin(), out.sizes().end());
+  shape.back() += padding(head_dim_v);
+  Tensor whole_rows = empty_beside(a.q, shape, out.scalar_type());
+  run_as_they_are(check, a, whole_rows, lse);
+  torch::stable::copy_(out, torch::stable::narrow(whole_rows, last, 0, head_dim_v));
+}
+
+void run(const Checker& check, const DecodeArguments& a, const Tensor& out,
+         const OptionalTensor& lse) {
+  if (out.numel() == 0) return;
+  if (needs_padding(a)) return run_padded(check, a, out, lse);
+  run_as_they_are(check, a, out, lse);
 }
 
 Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, ScalarType type) {

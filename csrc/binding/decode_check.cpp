@@ -9,6 +9,10 @@
 namespace leanattn {
 namespace {
 
+// Bytes that the kernels' smallest copies have: of the caches' rows, and of those of q and out.
+constexpr int64_t kCacheGrain = 4;
+constexpr int64_t kRowGrain = 16;
+
 void check_dtypes(const Checker& check, const DecodeArguments& a) {
   const ScalarType type = a.q.scalar_type();
   const bool sixteen_bit = type == ScalarType::Half || type == ScalarType::BFloat16;
@@ -41,14 +45,14 @@ void check_devices(const Checker& check, const DecodeArguments& a) {
   optional(a.counters, "counters");
 }
 
+// grain: on CUDA, what copies of a row are made of at least.
 void check_head_dim(const Checker& check, const char* name, int64_t head_dim, int64_t grain,
                     int64_t largest) {
   check.require(head_dim <= largest, name, "has head dim ", head_dim,
                 ", which is not supported; allowed are multiples of ", grain, " from ", grain,
                 " to ", largest);
   check.require(head_dim >= grain && head_dim % grain == 0, name, "has head dim ", head_dim,
-                "; allowed are multiples of ", grain, " from ", grain, " to ", largest,
-                grain > 8 ? " with Float8 caches" : "");
+                "; allowed are multiples of ", grain, " from ", grain, " to ", largest);
 }
 
 void check_block_table(const Checker& check, const DecodeArguments& a) {
@@ -86,7 +90,8 @@ void check_shapes(const Checker& check, const DecodeArguments& a) {
   const int64_t heads_kv = a.k_cache.size(2);
   const int64_t head_dim = a.q.size(q_dims - 1);
   const int64_t head_dim_v = a.v_cache.size(3);
-  const int64_t grain = is_fp8(a.k_cache) ? 16 : 8;
+  const int64_t grain =
+      a.q.is_cuda() ? kCacheGrain / static_cast<int64_t>(a.k_cache.element_size()) : 1;
   check_head_dim(check, "q", head_dim, grain, kMaxHeadDim);
   check_head_dim(check, "v_cache", head_dim_v, grain, kMaxHeadDimV);
   if (!a.cu_seqlens_q) {
@@ -186,9 +191,9 @@ void check_arguments(const Checker& check, const DecodeArguments& a) {
   check_optional_tensors(check, a);
   check_scalars(check, a);
   if (a.q.is_cuda()) {
-    check.cuda_layout(a.q, "q");
-    check.cuda_layout(a.k_cache, "k_cache");
-    check.cuda_layout(a.v_cache, "v_cache");
+    if (!needs_padding(a)) check.cuda_layout(a.q, "q", kRowGrain);
+    check.cuda_layout(a.k_cache, "k_cache", kCacheGrain);
+    check.cuda_layout(a.v_cache, "v_cache", kCacheGrain);
   }
 }
 
@@ -213,7 +218,7 @@ void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out
                 "must be q's dtype, ", toString(a.q.scalar_type()), ", or Float, got ",
                 toString(type));
   check_shape(out, "out", "q's with v_cache's head dim");
-  if (out.is_cuda()) check.cuda_layout(out, "out");
+  if (out.is_cuda() && !needs_padding(a)) check.cuda_layout(out, "out", kRowGrain);
   if (!lse) return;
   shape.pop_back();
   check.same_device(*lse, "lse", a.q);

@@ -31,6 +31,13 @@ inline int64_t batch_of(const DecodeArguments& a) {
   return a.block_table ? a.block_table->size(0) : a.k_cache.size(0);
 }
 
+// Whether q's or out's rows are no whole 16 bytes, which the kernels write and read at a time: they get
+// copies with columns of zeros behind D and Dv then. The caches stay as they are.
+inline bool needs_padding(const DecodeArguments& a) {
+  constexpr int64_t kColumns = 8;
+  return a.q.is_cuda() && (a.k_cache.size(3) % kColumns != 0 || a.v_cache.size(3) % kColumns != 0);
+}
+
 void check_arguments(const Checker& check, const DecodeArguments& a);
 
 // What the caller gives to write into, after check_arguments.

@@ -17,6 +17,11 @@ int capacity_of(const DecodeArguments& a) {
   return static_cast<int>(std::min(max_pages * a.k_cache.size(1), kMaxInt));
 }
 
+// The stride of a single row means nothing, and 0 says of it that rows begin where they may.
+int64_t row_stride(const Tensor& cache, int64_t dim) {
+  return cache.size(dim) == 1 ? 0 : cache.stride(dim);
+}
+
 }  // namespace
 
 DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const OptionalTensor& lse) {
@@ -26,7 +31,9 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
   p.element_type = element_type_of(a.q);
   p.cache_type = cache_type_of(a.k_cache);
   p.head_dim = static_cast<int>(a.q.size(q_dims - 1));
-  p.head_dim_v = static_cast<int>(a.v_cache.size(3));
+  p.head_dim_v = static_cast<int>(out.size(q_dims - 1));
+  p.k_columns = static_cast<int>(a.k_cache.size(3));
+  p.v_columns = static_cast<int>(a.v_cache.size(3));
   p.num_heads_q = static_cast<int>(a.q.size(q_dims - 2));
 
   Problem& problem = p.problem;
@@ -68,14 +75,14 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
     p.lse_head_stride = lse->stride(q_dims - 2);
   }
   p.k = a.k_cache.const_data_ptr();
-  p.k_batch_stride = a.k_cache.stride(0);
-  p.k_seq_stride = a.k_cache.stride(1);
-  p.k_head_stride = a.k_cache.stride(2);
+  p.k_batch_stride = row_stride(a.k_cache, 0);
+  p.k_seq_stride = row_stride(a.k_cache, 1);
+  p.k_head_stride = row_stride(a.k_cache, 2);
   p.k_dim_stride = a.k_cache.stride(3);
   p.v = a.v_cache.const_data_ptr();
-  p.v_batch_stride = a.v_cache.stride(0);
-  p.v_seq_stride = a.v_cache.stride(1);
-  p.v_head_stride = a.v_cache.stride(2);
+  p.v_batch_stride = row_stride(a.v_cache, 0);
+  p.v_seq_stride = row_stride(a.v_cache, 1);
+  p.v_head_stride = row_stride(a.v_cache, 2);
   p.v_dim_stride = a.v_cache.stride(3);
   p.values_in_keys = p.v == p.k && p.head_dim_v <= p.head_dim &&
                      p.v_batch_stride == p.k_batch_stride && p.v_seq_stride == p.k_seq_stride &&
@@ -94,7 +101,7 @@ DecodeParams make_params(const DecodeArguments& a, const Tensor& out, const Opti
 
   p.k_scale = make_scales(a.k_scale);
   p.v_scale = make_scales(a.v_scale);
-  p.softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(p.head_dim)));
+  p.softmax_scale = static_cast<float>(a.softmax_scale.value_or(1.0 / std::sqrt(p.k_columns)));
   p.softcap = static_cast<float>(a.softcap);
   p.alibi_slopes = float_data(a.alibi_slopes);
   if (a.alibi_slopes) {

@@ -76,14 +76,15 @@ void read_rows_floor(Tensor k_cache, Tensor v_cache, Tensor sink) {
   check.shape(v_cache, "v_cache", "[B, S, Hkv, D]",
               {k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3)});
   check.same_device(v_cache, "v_cache", k_cache);
-  check.cuda_layout(k_cache, "k_cache");
-  check.cuda_layout(v_cache, "v_cache");
+  check.cuda_layout(k_cache, "k_cache", 16);
+  check.cuda_layout(v_cache, "v_cache", 16);
   check.same_device(sink, "sink", k_cache);
   check.dtype(sink, "sink", ScalarType::Int);
 
   DecodeParams p{};
   p.cache_type = cache_type_of(k_cache);
   p.head_dim = p.head_dim_v = static_cast<int>(k_cache.size(3));
+  p.k_columns = p.v_columns = p.head_dim;
   p.problem.batch = static_cast<int>(k_cache.size(0));
   p.problem.capacity = static_cast<int>(k_cache.size(1));
   p.problem.num_heads_kv = FastDivisor(static_cast<int>(k_cache.size(2)));

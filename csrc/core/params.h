@@ -37,8 +37,8 @@ constexpr int kMaxTimelineUnits = 256;
 struct DecodeParams {
   ElementType element_type;  // of q and out
   CacheType cache_type;      // of k and v: the same, or a float8
-  int head_dim;              // D
-  int head_dim_v;            // Dv
+  int head_dim;              // D, on CUDA padded to whole 16 bytes of q
+  int head_dim_v;            // Dv, likewise of out
   int num_heads_q;
   Problem problem;  // lengths, mask, shape of the schedule
   Layout layout;
@@ -87,6 +87,8 @@ struct DecodeParams {
   SoftmaxState<4>* fold_states;  // [layout.num_units, max_nodes / 2, rows_per_item, padded Dv / 4]
   int32_t* counters;             // tickets, zero before and after; see counter_index
   bool counter_per_item;         // one counter an item instead of one a unit
+
+  int k_columns, v_columns;  // D and Dv as the caches have them
 #ifdef LEANATTN_TIMELINE
   uint64_t* timeline;  // [kMaxTimelineUnits, kNumMarks], or null
 #endif

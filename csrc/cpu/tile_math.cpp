@@ -22,8 +22,9 @@ void multiply_keys(const float* q, const float* k, int tokens, int head_dim, dou
 
 LEANATTN_CLONES
 void multiply_values(const float* p, const float* v, int tokens, int head_dim, double* o) {
-  constexpr int kBlock = 8;  // head dims are multiples of it
-  for (int block = 0; block < head_dim; block += kBlock) {
+  constexpr int kBlock = 8;
+  int block = 0;
+  for (; block + kBlock <= head_dim; block += kBlock) {
     double sum[kBlock] = {};
     for (int token = 0; token < tokens; ++token) {
       const float* row = v + static_cast<long>(token) * head_dim + block;
@@ -31,6 +32,13 @@ void multiply_values(const float* p, const float* v, int tokens, int head_dim, d
       for (int d = 0; d < kBlock; ++d) sum[d] += static_cast<double>(p[token]) * row[d];
     }
     for (int d = 0; d < kBlock; ++d) o[block + d] += sum[d];
+  }
+  for (; block < head_dim; ++block) {
+    double sum = 0.0;
+    for (int token = 0; token < tokens; ++token) {
+      sum += static_cast<double>(p[token]) * v[static_cast<long>(token) * head_dim + block];
+    }
+    o[block] += sum;
   }
 }
 

@@ -69,7 +69,7 @@ bool encode(const MapShape& shape, CacheType type, int box_rows, CUtensorMap& ma
   const bool float8 = is_float8(type);
   constexpr cuuint64_t kMaxStride = cuuint64_t{1} << 40;
   cuuint64_t stride_bytes[3];
-  // The copy engine wants 16-byte boundaries, which float8 caches need not have.
+  // The copy engine wants 16-byte boundaries, which caches need not have.
   if (reinterpret_cast<uintptr_t>(shape.data) % 16 != 0) return false;
   for (int i = 0; i < 3; ++i) {
     const int64_t bytes = shape.stride_elements[i] * (float8 ? 1 : 2);
@@ -119,10 +119,10 @@ TensorMaps make_tensor_maps(const DecodeParams& params) {
   maps.rows_box_rows_log2 = min_of(maps.tile_box_rows_log2, kBoxRowsLog2);
   const auto extent = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   const MapShape k{params.k,
-                   {extent(params.head_dim), extent(rows), extent(heads), extent(pages)},
+                   {extent(params.k_columns), extent(rows), extent(heads), extent(pages)},
                    {params.k_seq_stride, params.k_head_stride, params.k_batch_stride}};
   const MapShape v{params.v,
-                   {extent(params.head_dim_v), extent(rows), extent(heads), extent(pages)},
+                   {extent(params.v_columns), extent(rows), extent(heads), extent(pages)},
                    {params.v_seq_stride, params.v_head_stride, params.v_batch_stride}};
   const auto encode_both = [&](const MapShape& shape, CacheMaps& cache_maps) {
     return encode(shape, params.cache_type, 1 << maps.tile_box_rows_log2, cache_maps.tile) &&
@@ -229,6 +229,17 @@ KernelKey make_key(const DecodeParams& params, int rows, int device) {
   return {is_float8(params.cache_type), max_of(params.head_dim, params.head_dim_v), rows, kind()};
 }
 
+// Whether rows of the caches begin on 16-byte boundaries and are whole 16 bytes.
+bool has_whole_rows(const DecodeParams& params) {
+  const int64_t elements = params.k_batch_stride | params.k_seq_stride | params.k_head_stride |
+                           params.v_batch_stride | params.v_seq_stride | params.v_head_stride |
+                           params.k_columns | params.v_columns;
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(params.k) | reinterpret_cast<uintptr_t>(params.v);
+  const int64_t bytes = elements * (is_float8(params.cache_type) ? 1 : 2);
+  return (static_cast<int64_t>(addresses) | bytes) % 16 == 0;
+}
+
 // The fewest features that do for a call, and no fewer than LEANATTN_FEATURES says.
 FeatureSet features_of(const DecodeParams& params) {
   const std::string_view fewest = knob("LEANATTN_FEATURES");
@@ -236,7 +247,8 @@ FeatureSet features_of(const DecodeParams& params) {
   if (!is_lean && fewest != "masked" && fewest != "all") {
     throw PlanError("LEANATTN_FEATURES", "must be 'lean', 'masked' or 'all', got '", fewest, "'");
   }
-  if (fewest == "all" || params.batch_invariant || params.head_pairs || params.float32_out) {
+  if (fewest == "all" || params.batch_invariant || params.head_pairs || params.float32_out ||
+      !has_whole_rows(params)) {
     return FeatureSet::kAll;
   }
   const bool has_plain_scores = params.softcap == 0.0f && !params.alibi_slopes;

@@ -79,6 +79,8 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   if (v_scale) p.v_scale = {v_scale->data(), v_scale->shape(1), 1};
   p.head_dim = static_cast<int>(q.shape(q_dims - 1));
   p.head_dim_v = static_cast<int>(v.shape(3));
+  p.k_columns = p.head_dim;
+  p.v_columns = p.head_dim_v;
   p.num_heads_q = static_cast<int>(q.shape(q_dims - 2));
   Problem& problem = p.problem;
   if (cache_seqlens) problem.cache_seqlens = cache_seqlens->data();

@@ -47,6 +47,7 @@ DecodeParams make_params(int batch, int num_heads_kv, int group_size, int head_d
   p.element_type = ElementType::kBFloat16;
   p.cache_type = CacheType::kBFloat16;
   p.head_dim = p.head_dim_v = head_dim;
+  p.k_columns = p.v_columns = head_dim;
   p.num_heads_q = num_heads_kv * group_size;
   Problem& problem = p.problem;
   const auto* device_memory = reinterpret_cast<const int32_t*>(uintptr_t{16});

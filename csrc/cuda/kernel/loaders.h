@@ -39,31 +39,35 @@ struct TensorMaps {
 template <class Element>
 struct CacheView {
   const CacheMaps* maps;
-  const Element* data;  // [B, S, Hkv, head_dim], or paged [num_pages, page_size, Hkv, head_dim]
+  const Element* data;  // [B, S, Hkv, columns], or paged [num_pages, page_size, Hkv, columns]
   int64_t batch_stride, seq_stride, head_stride;
-  int head_dim;
+  int columns;
 
-  // Whether rows begin on 16-byte boundaries; those of float8 may begin on 8-byte ones.
-  __device__ __forceinline__ bool is_aligned() const {
-    if constexpr (sizeof(Element) > 1) return true;
+  // What rows are whole pieces of, and begin on boundaries of, in bytes: a multiple of the copies' 16, of
+  // 8, or else of 4.
+  __device__ __forceinline__ int piece_bytes() const {
     const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
-    return (address | batch_stride | seq_stride | head_stride) % 16 == 0;
+    const int64_t elements = batch_stride | seq_stride | head_stride | columns;
+    const int64_t bytes = address | elements * static_cast<int64_t>(sizeof(Element));
+    return bytes % 16 == 0 ? 16 : bytes % 8 == 0 ? 8 : 4;
   }
 };
 
 // 16 bytes by cp.async, or zeros.
-template <class Element>
-__device__ __forceinline__ void copy_chunk(const Element* from, uint8_t* chunk_smem, bool inside,
-                                           bool aligned) {
-  if (aligned) {
-    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(
-        *reinterpret_cast<const uint4*>(from), *reinterpret_cast<uint4*>(chunk_smem), inside);
-    return;
-  }
-  for (int half = 0; half < 2; ++half) {
-    cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint2>::copy(reinterpret_cast<const uint2*>(from)[half],
-                                                       reinterpret_cast<uint2*>(chunk_smem)[half],
-                                                       inside);
+__device__ __forceinline__ void copy_chunk(const void* from, uint8_t* chunk_smem, bool inside) {
+  cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint4>::copy(*static_cast<const uint4*>(from),
+                                                     *reinterpret_cast<uint4*>(chunk_smem), inside);
+}
+
+// The same in smaller pieces, of which the first `inside` bytes are there.
+template <class Piece>
+__device__ __forceinline__ void copy_pieces(const void* from, uint8_t* chunk_smem, int inside) {
+#pragma unroll 1
+  for (int i = 0; i < static_cast<int>(16 / sizeof(Piece)); ++i) {
+    const bool is_there = i * static_cast<int>(sizeof(Piece)) < inside;
+    cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<Piece>::copy(
+        static_cast<const Piece*>(from)[is_there ? i : 0], reinterpret_cast<Piece*>(chunk_smem)[i],
+        is_there);
   }
 }
 
@@ -76,20 +80,32 @@ struct RowCopy {
   static constexpr int kRowsAtOnce = 32 / kLanes;
 
   const CacheView<Element>& cache;
-  bool aligned = cache.is_aligned();
+  // Lean kernels have no others than whole chunks: allows_lean.
+  int piece_bytes = Traits::Features::kFixedLoader ? 16 : cache.piece_bytes();
   int first_chunk = threadIdx.x % kLanes;
 
   // source: the row's first element.
+  template <bool kInPieces>
   __device__ __forceinline__ void copy(const Element* source, uint8_t* stage_smem, int row) const {
-#pragma unroll
+#pragma unroll(kInPieces ? 1 : ceil_div(kChunks, kLanes))
     for (int i = 0; i < ceil_div(kChunks, kLanes); ++i) {
       const int chunk = first_chunk + i * kLanes;
       if (chunk >= kChunks) break;
-      // A chunk beyond the head dim is not read, only zero-filled; its address must be legal.
+      // What is beyond the row is not read, only zero-filled; its address must be legal.
       const int column = chunk * Traits::kChunkColumns;
-      const bool inside = column < cache.head_dim;
-      copy_chunk(source + (inside ? column : 0),
-                 stage_smem + swizzled_offset<Traits::kTile>(row, chunk), inside, aligned);
+      const bool inside = column < cache.columns;
+      const Element* from = source + (inside ? column : 0);
+      uint8_t* chunk_smem = stage_smem + swizzled_offset<Traits::kTile>(row, chunk);
+      if constexpr (kInPieces) {
+        const int bytes = (cache.columns - column) * static_cast<int>(sizeof(Element));
+        if (piece_bytes == 8) {
+          copy_pieces<uint2>(from, chunk_smem, bytes);
+        } else {
+          copy_pieces<uint32_t>(from, chunk_smem, bytes);
+        }
+      } else {
+        copy_chunk(from, chunk_smem, inside);
+      }
     }
   }
 };
@@ -160,9 +176,18 @@ struct CpAsyncLoader {
     const KeyRange rows = visible_rows(segment, tile_token, part);
     const auto* source =
         cache.data + segment.seq * cache.batch_stride + segment.head * cache.head_stride;
-#pragma unroll 4
-    for (int row = rows.begin + lane / Copy::kLanes; row < rows.end; row += Copy::kRowsAtOnce) {
-      rows_of.copy(source + (tile_token + row) * cache.seq_stride, ring.stage_smem(), row);
+    // Rows in pieces are rare: their loop is short rather than fast.
+    const auto copy_all = [&]<bool kInPieces>() {
+#pragma unroll(kInPieces ? 1 : 4)
+      for (int row = rows.begin + lane / Copy::kLanes; row < rows.end; row += Copy::kRowsAtOnce) {
+        rows_of.template copy<kInPieces>(source + (tile_token + row) * cache.seq_stride,
+                                         ring.stage_smem(), row);
+      }
+    };
+    if (rows_of.piece_bytes == 16) {
+      copy_all.template operator()<false>();
+    } else {
+      copy_all.template operator()<true>();
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());
   }
@@ -179,7 +204,7 @@ __device__ __forceinline__ CacheView<typename Traits::CacheElement> view_cache(
           is_k ? params.k_batch_stride : params.v_batch_stride,
           is_k ? params.k_seq_stride : params.v_seq_stride,
           is_k ? params.k_head_stride : params.v_head_stride,
-          is_k ? params.head_dim : params.head_dim_v};
+          is_k ? params.k_columns : params.v_columns};
 }
 
 }  // namespace leanattn

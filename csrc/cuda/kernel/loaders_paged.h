@@ -185,11 +185,19 @@ class PagedCpAsyncLoader : public PagedLoader<Traits> {
         const CacheRow at = this->pages_.find(tile_token + group + lane);
         my_offset = at.page * cache.batch_stride + at.row * cache.seq_stride;
       }
-#pragma unroll 4
-      for (int i = 0; i < 32; i += Copy::kRowsAtOnce) {
-        const int row = group + i + lane / Copy::kLanes;
-        const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / Copy::kLanes);
-        if (rows.contains(row)) rows_of.copy(source + offset, ring.stage_smem(), row);
+      const auto copy_group = [&]<bool kInPieces>() {
+#pragma unroll(kInPieces ? 1 : 4)
+        for (int i = 0; i < 32; i += Copy::kRowsAtOnce) {
+          const int row = group + i + lane / Copy::kLanes;
+          const int64_t offset = __shfl_sync(~0u, my_offset, i + lane / Copy::kLanes);
+          if (!rows.contains(row)) continue;
+          rows_of.template copy<kInPieces>(source + offset, ring.stage_smem(), row);
+        }
+      };
+      if (rows_of.piece_bytes == 16) {
+        copy_group.template operator()<false>();
+      } else {
+        copy_group.template operator()<true>();
       }
     }
     ptx::cp_async_mbarrier_arrive_noinc(ring.full_barrier());

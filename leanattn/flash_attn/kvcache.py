@@ -1,13 +1,12 @@
-"""FlashAttention's function for decoding with a KV cache, on leanattn's ops.
+"""flash_attn_with_kvcache: FlashAttention's function for decoding, on leanattn's ops."""
 
-`from leanattn.flash_attn import flash_attn_with_kvcache` in place of
-`from flash_attn import flash_attn_with_kvcache` is all that a program has to change.
-"""
-
+import numbers
 import os
 
 import torch
 
+from leanattn.flash_attn import arguments
+from leanattn.flash_attn.arguments import check_tensors, checked_window, refuse_unknown
 from leanattn.integrations.token_pages import as_token_pages
 from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
 
@@ -35,23 +34,37 @@ def flash_attn_with_kvcache(
     *,
     page_table=None,
     s_aux=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k_new=None,
+    max_seqlen_q=None,
+    k_descale=None,
+    v_descale=None,
+    qv=None,
+    q_descale=None,
+    rotary_seqlens=None,
+    attention_chunk=0,
+    scheduler_metadata=None,
+    pack_gqa=None,
+    sm_margin=0,
 ):
     """Append new keys and values to the caches, then attend to them: FlashAttention's interface.
 
-    Signature, order and meaning of the arguments are those of flash_attn 2.x. Two launches (append,
-    decode), one addition of lengths between them, no host synchronisation; q is copied once where
-    it is rotated. What differs: a row that sees no key has lse -inf; caches may have any page size
-    and new tokens that do not fit are dropped.
+    Signature, order and meaning of the arguments are those of flash_attn 2.x; FlashAttention-3's
+    are by name. Two launches (append, decode), one addition of lengths between them, no host
+    synchronisation; q is copied once where it is rotated. What differs: a row that sees no key has
+    lse -inf; caches may have any page size and new tokens that do not fit are dropped.
 
     Args:
-        q: `[B, Sq, Hq, D]`. Left as it is.
+        q: `[B, Sq, Hq, D]`, or `[total_q, Hq, D]` with cu_seqlens_q. Left as it is.
         k_cache, v_cache: `[B_cache, S, Hkv, D]`, or with block_table
-            `[num_pages, page_size, Hkv, D]`. Updated in place if k and v are given.
-        k, v: `[B, Sn, Hkv, D]`, new tokens that go to cache_seqlens and on. None: q's own tokens
-            are in the caches already, and in cache_seqlens.
+            `[num_pages, page_size, Hkv, D]`; of q's dtype or float8. Updated in place if k and v
+            are given, and never copied: on CUDA rows may begin at any multiple of 4 bytes.
+        k, v: `[B, Sn, Hkv, D]`, or `[total_new, Hkv, D]` with cu_seqlens_k_new: new tokens, of q's
+            dtype, that go to cache_seqlens and on. None: q's own tokens are in the caches already,
+            and in cache_seqlens.
         rotary_cos, rotary_sin: `[max_position, rotary_dim / 2]`, with k and v only. k is rotated at
             cache_seqlens + i, and so is q if causal or with a window; else all of q at
-            cache_seqlens.
+            cache_seqlens. With cu_seqlens_q only where that is cu_seqlens_k_new, too.
         cache_seqlens: int or `[B]` int32, tokens in the caches before the append. None, without k
             and v only: all of them.
         cache_batch_idx: `[B]` int32, the row of the caches for each sequence; not with block_table.
@@ -65,35 +78,51 @@ def flash_attn_with_kvcache(
         softcap: 0 for none.
         rotary_interleaved: pairs 2i and 2i + 1 (GPT-J), else i and rotary_dim / 2 + i (NeoX).
         alibi_slopes: fp32 `[Hq]` or `[B, Hq]`.
-        num_splits: a hint that results never depend on.
         return_softmax_lse: also return the log-sum-exp.
-        s_aux: `[Hq]`, attention sinks, as in FlashAttention-3.
+        s_aux: `[Hq]`, attention sinks.
+        cu_seqlens_q, cu_seqlens_k_new: `[B + 1]` int32, where each sequence begins in a ragged q,
+            and in ragged k and v.
+        k_descale, v_descale: fp32 `[B, Hkv]`, `[Hkv]` or one element, with float8 caches only: what
+            their numbers are to be multiplied by; new tokens are divided by it.
+        num_splits, max_seqlen_q, scheduler_metadata, pack_gqa, sm_margin: hints that results never
+            depend on.
+        qv, q_descale, rotary_seqlens, attention_chunk: of FlashAttention-3, not supported.
 
     Returns:
-        out `[B, Sq, Hq, D]`; or (out, lse), lse fp32 `[B, Hq, Sq]`.
+        out like q, with v_cache's head dim; or (out, lse), lse fp32 `[B, Hq, Sq]`, or
+        `[Hq, total_q]` with cu_seqlens_q.
 
     Raises:
         ValueError: arguments that do not go together; with LEANATTN_CHECK=1 rows of the caches that
             would be clamped.
-        NotImplementedError: cache_leftpad where k_cache's and v_cache's strides of sequences and
-            tokens are not alike.
+        NotImplementedError: what is not supported, by its name; cache_leftpad where k_cache's and
+            v_cache's strides of sequences and tokens are not alike.
         RuntimeError: from the ops, naming the argument, what was given and what is allowed.
     """
     if page_table is not None:
         if block_table is not None:
             _refuse("page_table", "is another name of block_table: give one")
         block_table = page_table
-    _check_tensors(
-        q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
-        block_table=block_table, alibi_slopes=alibi_slopes, s_aux=s_aux,
+    refuse_unknown(
+        _NAME, qv=qv, q_descale=q_descale, rotary_seqlens=rotary_seqlens,
+        attention_chunk=attention_chunk,
     )  # fmt: skip
+    optional = dict(
+        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes,
+        s_aux=s_aux, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k_new=cu_seqlens_k_new,
+        k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
+    check_tensors(_NAME, dict(q=q, k_cache=k_cache, v_cache=v_cache, **optional), optional)
+    _check_shapes(q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k_new)
     _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens)
-    _check_cache_rows(q, cache_batch_idx, cache_leftpad, block_table)
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        _refuse("window_size", f"must be a pair (left, right), got {window_size}")
-    batch, seqlen_q = q.shape[:2]
-    if isinstance(cache_seqlens, int):
+    batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+    _check_cache_rows(batch, cache_batch_idx, cache_leftpad, block_table)
+    window_left, window_right = checked_window(_NAME, window_size)
+    is_ordered = causal or window_left >= 0 or window_right >= 0
+    if rotary_cos is not None and cu_seqlens_q is not None:
+        _check_ragged_rotation(cu_seqlens_q, cu_seqlens_k_new, is_ordered)
+    if isinstance(cache_seqlens, numbers.Integral):
         if not 0 <= cache_seqlens < 2**31:
             _refuse("cache_seqlens", f"must be from 0 to 2^31 - 1, got {cache_seqlens}")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
@@ -104,8 +133,10 @@ def flash_attn_with_kvcache(
         if cache_leftpad is not None:
             ends = [capacity] * batch
             if cache_seqlens is not None:
-                new_tokens = 0 if k is None else k.shape[1]
-                ends = (cache_seqlens + new_tokens).clamp(max=capacity).tolist()
+                ends = (
+                    cache_seqlens if k is None else cache_seqlens + _new_tokens(k, cu_seqlens_k_new)
+                )
+                ends = ends.clamp(max=capacity).tolist()
             _check_values("cache_leftpad", cache_leftpad, ends)
     if k_cache.shape[1] == 0:
         # There is nothing to choose from, and pages, as which rows are chosen, are not empty.
@@ -120,7 +151,6 @@ def flash_attn_with_kvcache(
             block_table = cache_batch_idx[:, None]
         elif k_cache.shape[0] > batch:
             k_cache, v_cache = k_cache[:batch], v_cache[:batch]
-    window_left, window_right = (size if size >= 0 else -1 for size in window_size)
     attended = k_cache, v_cache, block_table
     if cache_leftpad is not None:
         capacity = k_rows.shape[1]
@@ -134,24 +164,31 @@ def flash_attn_with_kvcache(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
         sinks=None if s_aux is None else s_aux.float(),
+        k_scale=k_descale,
+        v_scale=v_descale,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=None if cu_seqlens_q is None else max_seqlen_q,
     )
 
     if k is not None:
         # What decode would refuse must not have changed the caches.
         check_decode(q, *attended[:2], cache_seqlens, attended[2], **options)
         where = (k_cache, v_cache, cache_seqlens, block_table)
+        stored = dict(cu_seqlens=cu_seqlens_k_new, k_scale=k_descale, v_scale=v_descale)
         if rotary_cos is None:
-            append_kv(k, v, *where)
+            append_kv(k, v, *where, **stored)
         else:
             rotary = dict(cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved)
-            is_ordered = causal or window_left >= 0 or window_right >= 0
-            if seqlen_q == k.shape[1] and (is_ordered or seqlen_q == 1):
+            has_own_tokens = cu_seqlens_q is not None or (
+                cu_seqlens_k_new is None and q.shape[1] == k.shape[1]
+            )
+            if has_own_tokens and (is_ordered or q.shape[1] == 1):
                 q = q.clone()
-                rope_append_kv(q, k, v, *where, **rotary)
+                rope_append_kv(q, k, v, *where, **rotary, **stored)
             else:
-                rope_append_kv(k.clone(), k, v, *where, **rotary)
+                rope_append_kv(k.clone(), k, v, *where, **rotary, **stored)
                 q = _rotate(q, cache_seqlens, is_ordered, **rotary)
-        cache_seqlens = cache_seqlens + k.shape[1]
+        cache_seqlens = cache_seqlens + _new_tokens(k, cu_seqlens_k_new)
 
     if cache_leftpad is not None:
         if cache_seqlens is None:
@@ -163,11 +200,19 @@ def flash_attn_with_kvcache(
     if not return_softmax_lse:
         return result
     out, lse = result
-    return out, lse.transpose(1, 2).contiguous()
+    return out, lse.transpose(-1, -2).contiguous()
 
 
-def _refuse(argument, text):
-    raise ValueError(f"flash_attn_with_kvcache: {argument} {text}")
+_NAME = "flash_attn_with_kvcache"
+
+
+def _refuse(argument, text, error=ValueError):
+    arguments.refuse(_NAME, argument, text, error)
+
+
+def _new_tokens(k, cu_seqlens_k_new):
+    """Of each sequence: a number, or `[B]` int32."""
+    return k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
 
 
 def _value_checks_wanted():
@@ -183,22 +228,42 @@ def _check_values(name, values, largest):
             _refuse(name, f"[{i}] must be from 0 to {limit}, got {value}")
 
 
-def _check_tensors(**tensors):
-    for name, tensor in tensors.items():
-        may_be_none = name not in ("q", "k_cache", "v_cache")
-        if not (isinstance(tensor, torch.Tensor) or (tensor is None and may_be_none)):
-            _refuse(name, f"must be a tensor{' or None' * may_be_none}, got {tensor!r}")
-        if tensor is not None and tensor.device != tensors["q"].device:
-            _refuse(name, f"must be on q's device, {tensors['q'].device}, got {tensor.device}")
-    for name in ("k_cache", "v_cache"):
-        if tensors[name].dim() != 4:
-            shape = list(tensors[name].shape)
-            _refuse(name, f"must be [B, S, Hkv, D], or pages likewise, got shape {shape}")
+def _check_shapes(q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k_new):
+    def check_dims(name, tensor, dims, names):
+        if tensor is not None and tensor.dim() != dims:
+            _refuse(name, f"must be {names}, got shape {list(tensor.shape)}")
+
+    for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_dims(name, tensor, 4, "[B, S, Hkv, D], or pages likewise")
+    if cu_seqlens_q is None:
+        check_dims("q", q, 4, "[B, Sq, Hq, D]")
+    else:
+        check_dims("cu_seqlens_q", cu_seqlens_q, 1, "[B + 1]")
+        check_dims("q", q, 3, "[total_q, Hq, D] with cu_seqlens_q")
+    for name, tensor in (("k", k), ("v", v)):
+        if cu_seqlens_k_new is None:
+            check_dims(name, tensor, 4, "[B, Sn, Hkv, D]")
+        else:
+            check_dims(name, tensor, 3, "[total_new, Hkv, D] with cu_seqlens_k_new")
+    if cu_seqlens_k_new is not None and k is None:
+        _refuse("cu_seqlens_k_new", "goes with k and v only, got k None")
+
+
+def _check_ragged_rotation(cu_seqlens_q, cu_seqlens_k_new, is_ordered):
+    """q is rotated along with k then, token by token."""
+    is_same = cu_seqlens_k_new is not None and (
+        cu_seqlens_k_new is cu_seqlens_q or cu_seqlens_k_new.data_ptr() == cu_seqlens_q.data_ptr()
+    )
+    if not (is_same and is_ordered):
+        _refuse(
+            "rotary_cos",
+            "is not supported with cu_seqlens_q, unless that is cu_seqlens_k_new, too, and causal "
+            "is True or there is a window",
+            NotImplementedError,
+        )
 
 
 def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):
-    if q.dim() != 4:
-        _refuse("q", f"must be [B, Sq, Hq, D], got shape {list(q.shape)}")
     if (k is None) != (v is None):
         _refuse("v" if v is None else "k", "is None: give both k and v, or neither")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -224,24 +289,19 @@ def _check_new_tokens(q, k, v, rotary_cos, rotary_sin, cache_seqlens):
             )
     if k is None and rotary_cos is not None:
         _refuse("rotary_cos", "goes with k and v only, got k None")
-    if k is not None and k.dim() != 4:
-        _refuse("k", f"must be [B, Sn, Hkv, D], got shape {list(k.shape)}")
     if k is not None and cache_seqlens is None:
         _refuse("cache_seqlens", "must be given with k and v, got None")
 
 
-def _check_cache_rows(q, cache_batch_idx, cache_leftpad, block_table):
+def _check_cache_rows(batch, cache_batch_idx, cache_leftpad, block_table):
     for name, tensor in (("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
         if tensor is None:
             continue
         if block_table is not None:
             _refuse(name, "does not go with block_table: give one of them")
-        if tensor.dtype != torch.int32 or tensor.shape != q.shape[:1]:
-            _refuse(
-                name,
-                f"must be int32 of shape [{q.shape[0]}], got {tensor.dtype} of shape "
-                f"{list(tensor.shape)}",
-            )
+        if tensor.dtype != torch.int32 or tensor.shape != (batch,):
+            shape = list(tensor.shape)
+            _refuse(name, f"must be int32 of shape [{batch}], got {tensor.dtype} of shape {shape}")
 
 
 def _rotate(q, cache_seqlens, is_ordered, cos, sin, interleaved):
