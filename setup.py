@@ -22,12 +22,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 CSRC = Path("csrc")
 # The oldest torch whose stable ABI has all that csrc/ uses: 0x 02 0a = 2.10.
 MIN_TORCH = (2, 10)
 TORCH_TARGET_VERSION = "0x020a000000000000"
+# The first that reads the license in pyproject.toml as it stands there.
+MIN_SETUPTOOLS = 77
 # csrc/ calls cudaGetDriverEntryPointByVersion, which came with CUDA 12.5.
 MIN_NVCC = (12, 5)
 
@@ -40,6 +42,11 @@ def switched_on(name):
     return os.environ.get(name, "0") not in ("", "0")
 
 
+if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    fail(
+        f"building needs setuptools >= {MIN_SETUPTOOLS} in this environment, which has "
+        f"{setuptools.__version__}: run `pip install --upgrade setuptools wheel ninja`"
+    )
 try:
     import torch
     from torch.utils import cpp_extension
@@ -238,7 +245,7 @@ else:
     targets = []
     BuildExtension.summary = f"a CPU-only build, because {reason}"
 
-setup(
+setuptools.setup(
     ext_modules=[make_extension(cuda_home, targets)],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

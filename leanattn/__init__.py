@@ -3,6 +3,9 @@
 The ops are torch.ops.leanattn.*; the functions here are thin wrappers with documentation.
 """
 
+import importlib
+
+import leanattn.vmap  # noqa: F401  registers its rule
 from leanattn.explain import explain
 from leanattn.flash_attn import (
     flash_attn_func,
@@ -14,6 +17,7 @@ from leanattn.flash_attn import (
     flash_attn_with_kvcache,
 )
 from leanattn.integrations import torch_flash
+from leanattn.integrations.when_imported import when_imported
 from leanattn.ops import (
     __version__,
     append_kv,
@@ -49,4 +53,16 @@ __all__ = [
     "warmup",
 ]
 
+
+def _register_with_transformers():
+    try:
+        importlib.import_module("leanattn.integrations.transformers")
+    except ImportError:
+        pass  # too old, which is nobody's fault who does not use leanattn there
+
+
 torch_flash.register()
+when_imported("transformers.modeling_utils", _register_with_transformers)
+when_imported(
+    "torch.distributed.tensor", lambda: importlib.import_module("leanattn.integrations.dtensor")
+)

@@ -3,6 +3,8 @@
 Schemas and implementations are in C++ (csrc/ops.cpp); importing leanattn._C registers them.
 """
 
+import re
+
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 
@@ -112,12 +114,12 @@ def decode(
     )
     if out is None:
         op = _ops.decode_with_lse if return_lse else _ops.decode
-        return op(*arguments, **options)
+        return _call(op, *arguments, **options)
     if not return_lse:
-        _ops.decode_out(*arguments, **options, out=out)
+        _call(_ops.decode_out, *arguments, **options, out=out)
         return out
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    _ops.decode_with_lse_out(*arguments, **options, out=out, lse=lse)
+    _call(_ops.decode_with_lse_out, *arguments, **options, out=out, lse=lse)
     return out, lse
 
 
@@ -162,7 +164,8 @@ def append_kv(
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed, before any launch.
     """
-    _ops.append_kv(
+    _call(
+        _ops.append_kv,
         k,
         v,
         k_cache,
@@ -216,7 +219,8 @@ def rope_append_kv(
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed, before any launch.
     """
-    _ops.rope_append_kv(
+    _call(
+        _ops.rope_append_kv,
         q,
         k,
         v,
@@ -258,7 +262,7 @@ def merge_states(outs, lses, *, dtype=None):
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed, before any launch.
     """
-    return _ops.merge_states(outs, lses, dtype=dtype)
+    return _call(_ops.merge_states, outs, lses, dtype=dtype)
 
 
 def counters(device, n=None):
@@ -281,7 +285,7 @@ def counters(device, n=None):
 def check_decode(q, k_cache, v_cache, cache_seqlens=None, block_table=None, **options):
     """Raises what `decode` would raise for these arguments."""
     if not torch.compiler.is_compiling():  # decode itself will check then, when it runs
-        _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
+        _call(_ops.decode_check, q, k_cache, v_cache, cache_seqlens, block_table, **options)
 
 
 def is_supported(
@@ -294,7 +298,7 @@ def is_supported(
     Of fake and meta tensors, as under torch.compile, only that they share a device is checked.
     """
     try:
-        _ops.decode_check(q, k_cache, v_cache, cache_seqlens, block_table, **options)
+        _call(_ops.decode_check, q, k_cache, v_cache, cache_seqlens, block_table, **options)
     except (RuntimeError, ValueError) as error:
         return False, str(error)
     return True, ""
@@ -318,6 +322,26 @@ def _cuda_index(function, device):
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+def _call(op, *args, **options):
+    """op(*args, **options), with an error of one line where an argument is of a wrong type."""
+    if torch.compiler.is_compiling():
+        return op(*args, **options)
+    try:
+        return op(*args, **options)
+    except RuntimeError as error:
+        match = re.search(r"for argument '(\w+)' but instead found", str(error))
+        if match is None:
+            raise
+        schema = op.default._schema
+        given = named_arguments(op.default, args, options)[match[1]]
+        wanted = next(str(a.type) for a in schema.arguments if a.name == match[1])
+        kind = wanted.removeprefix("Optional[").rstrip("]")
+        words = {"Tensor": "a tensor", "int": "an int", "float": "a float", "bool": "a bool"}[kind]
+        none = " or None" if wanted != kind else ""
+        message = f"{schema.name}: {match[1]} must be {words}{none}, got {given!r}"
+    raise RuntimeError(f"{message}, of type {type(given).__name__}")
+
+
 def _check_devices(op, other, tensors, other_name="q"):
     # The C++ checks do not run on fake and meta tensors.
     for name, tensor in tensors.items():
@@ -328,9 +352,13 @@ def _check_devices(op, other, tensors, other_name="q"):
             )
 
 
+def named_arguments(op, args, kwargs):
+    """{name: value} of those that were given, in order."""
+    return dict(zip((a.name for a in op._schema.arguments), args)) | kwargs
+
+
 def _named(op, args, kwargs):
-    names = (a.name for a in getattr(_ops, op).default._schema.arguments)
-    return dict(zip(names, args)) | kwargs
+    return named_arguments(getattr(_ops, op).default, args, kwargs)
 
 
 def _fake_out(op, args, kwargs):
@@ -424,6 +452,23 @@ class _NoBackwardInPlace(torch.autograd.function._SingleLevelFunction):
         _raise_no_derivative()
 
 
+def _check_writable(op, name, tensor):
+    """Raises for what autograd refuses to have written to, which it would say only afterwards."""
+    is_view = tensor._is_view()
+    base = tensor._base if is_view else tensor
+    autograd = torch._C._autograd
+    if base.is_leaf and base.requires_grad:
+        reason = "it is a leaf that requires grad, or a view of one"
+    elif is_view and autograd._get_creation_meta(tensor) != autograd.CreationMeta.DEFAULT:
+        reason = "it is a view that was made under no_grad, or with others by one function"
+    else:
+        return
+    raise RuntimeError(
+        f"{op.name()}: {name} cannot be written to while gradients are recorded: {reason}; call "
+        f"this under torch.no_grad(), or give {name}.detach()"
+    )
+
+
 def has_tangent(*tensors):
     """Whether a forward-mode derivative is being taken with respect to one of the tensors."""
     if not _may_have_tangents():
@@ -457,8 +502,11 @@ def _register_autograd(op):
             return op.redispatch(keyset & after_autograd, *args, **kwargs)
         if has_tangent(*(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))):
             _raise_no_derivative()
-        outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
         results = [args[i] if i < len(args) else kwargs[name] for i, name in written]
+        if needs_grad:
+            for (_, name), result in zip(written, results):
+                _check_writable(op, name, result)
+        outputs = op.redispatch(keyset & after_autograd, *args, **kwargs)
         for result in results:
             torch.autograd.graph.increment_version(result)
         if needs_grad:

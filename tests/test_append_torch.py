@@ -100,6 +100,21 @@ def test_what_is_written_is_known_to_be(op, device):
         loss.backward()
 
 
+@pytest.mark.parametrize("op", SCHEMAS)
+@pytest.mark.parametrize("argument", ["k_cache", "v_cache", "q"])
+def test_a_leaf_is_refused_before_it_is_written(argument, op, device):
+    """And nothing else is written either."""
+    call = make_call(device, torch.float16, rotary_dim=None if op == "append_kv" else 64)
+    if argument not in call:
+        pytest.skip("append_kv has no q")
+    call[argument].requires_grad_()
+    before = {name: call[name].detach().clone() for name in ("k_cache", "v_cache")}
+    with pytest.raises(RuntimeError, match=f"leanattn::{op}: {argument} cannot be written"):
+        run(call)
+    for name, tensor in before.items():
+        assert torch.equal(call[name].detach().view(torch.uint8), tensor.view(torch.uint8))
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(guard, device):
     call = make_call(device, torch.float16, rotary_dim=64)

@@ -14,18 +14,6 @@ from cases import int32, make_case, offsets, sharp_dtype
 
 import leanattn  # noqa: F401  (registers torch.ops.leanattn)
 
-DTYPE_SPELLINGS = {
-    torch.float64: "float64|double",
-    torch.float32: "float32|float|fp32",
-    torch.float16: "float16|half|fp16",
-    torch.bfloat16: "bfloat16|bf16",
-    torch.int64: "int64|long",
-    torch.int32: "int32|int",
-    torch.int8: "int8|char",
-    torch.float8_e4m3fn: "float8_e4m3fn|e4m3",
-    torch.float8_e5m2: "float8_e5m2|e5m2",
-}
-
 
 def good_call(device, **options):
     """B 2, Sq 3, 4 query heads, 2 KV heads, D 64, Dv 32, S 50."""
@@ -46,7 +34,7 @@ def ragged_call(device, **options):
 def spelling(value):
     """How the value may be written in a message."""
     if isinstance(value, torch.dtype):
-        return DTYPE_SPELLINGS[value]
+        return str(value).removeprefix("torch.")
     if isinstance(value, float):
         return re.escape(repr(value)) + "0*"
     if isinstance(value, tuple):
@@ -211,6 +199,42 @@ def test_mistake(name, device):
     wrong = MISTAKES[name]
     call = wrong.base(device)
     assert_refused({**call, **wrong.change(call, device)}, wrong.arguments, wrong.values)
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("cache_seqlens", [50, 20], "a tensor or None"),
+    ("cache_seqlens", 50, "a tensor or None"),
+    ("block_table", [[0], [1]], "a tensor or None"),
+    ("k_cache", "k", "a tensor"),
+    ("window_left", 3.5, "an int"),
+    ("max_seqlen_q", 2.5, "an int or None"),
+    ("softmax_scale", "1", "a float or None"),
+    ("causal", "yes", "a bool"),
+    ("cu_seqlens_q", (0, 3, 5), "a tensor or None"),
+])  # fmt: skip
+@pytest.mark.parametrize("function", ["decode", "is_supported"])
+def test_an_argument_of_a_wrong_type(function, name, value, allowed, device):
+    """One line of what is wrong, not the whole schema."""
+    call = {**good_call(device), name: value}
+    message = re.escape(f"{name} must be {allowed}, got {value!r}, of type {type(value).__name__}")
+    if function == "is_supported":
+        supported, reason = leanattn.is_supported(**call)
+        assert not supported and re.search(message, reason)
+    else:
+        with pytest.raises(RuntimeError, match=f"^leanattn::decode: {message}$"):
+            leanattn.decode(**call)
+
+
+def test_an_array_is_no_tensor(device):
+    """Nor is an integer of numpy's, where an int would do, anything but one."""
+    numpy = pytest.importorskip("numpy")
+    call = good_call(device)
+    with pytest.raises(RuntimeError, match="cache_seqlens must be a tensor or None, got array"):
+        leanattn.decode(**{**call, "cache_seqlens": numpy.array([50, 20], dtype=numpy.int32)})
+    call["window_left"] = 7
+    expected = leanattn.decode(**call)
+    for integer in (numpy.int32, numpy.int64, numpy.uint8):
+        assert torch.equal(leanattn.decode(**{**call, "window_left": integer(7)}), expected)
 
 
 def test_too_few_counters(device, force_units):

@@ -213,12 +213,12 @@ def test_mistakes(device, cache_dtype):
     other = FORMATS["e4m3" if cache_dtype == FORMATS["e5m2"] else "e5m2"]
     is_refused(case, "v_cache", "k_cache's dtype", v_cache=case["v_cache"].to(other))
     is_refused(case, "v_cache", "k_cache's dtype", v_cache=case["v_cache"].half())
-    is_refused(case, "k_cache", "Half, Float8_e4m3fn or Float8_e5m2",
+    is_refused(case, "k_cache", "float16, float8_e4m3fn or float8_e5m2",
                k_cache=case["k_cache"].to(torch.bfloat16))  # fmt: skip
-    is_refused(case, "k_scale", "Float", k_scale=torch.ones(2, device=device).half())
+    is_refused(case, "k_scale", "float32", k_scale=torch.ones(2, device=device).half())
     is_refused(case, "k_scale", "[num_heads_kv]", k_scale=torch.ones(3, device=device))
     is_refused(case, "v_scale", "[batch, num_heads_kv]", v_scale=torch.ones(2, 2, device=device))
     plain = make_case(device, torch.float16)
-    is_refused(plain, "k_scale", "Float8 caches only", k_scale=torch.ones(1, device=device))
+    is_refused(plain, "k_scale", "float8 caches only", k_scale=torch.ones(1, device=device))
     if device == "cpu":
-        is_refused(case, "k_cache", "Float", q=case["q"].float())
+        is_refused(case, "k_cache", "float32", q=case["q"].float())

@@ -270,6 +270,42 @@ def test_out_is_known_to_be_written(device):
     torch.ops.leanattn.decode_out(**case, out=inference_out)  # has no version to count
 
 
+def unwritable(kind, shape, **options):
+    """(a tensor of zeros that autograd refuses to have written to, the word that says why)."""
+    if kind == "leaf":
+        return torch.zeros(shape, **options, requires_grad=True), "leaf"
+    if kind == "view of a leaf":
+        return torch.zeros(2, *shape, **options, requires_grad=True)[1], "leaf"
+    base = torch.zeros(2, *shape, **options)
+    if kind == "one of several views":
+        return base.unbind(0)[0], "others"
+    with torch.no_grad():
+        return base[0], "no_grad"
+
+
+UNWRITABLE = ["leaf", "view of a leaf", "one of several views", "view of no_grad"]
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("argument", ["out", "lse"])
+def test_what_autograd_refuses_is_not_written(argument, kind, device):
+    """torch's own out= functions refuse it before, too; afterwards the harm is done."""
+    case = small_case(device)
+    out, lse = output_buffers(case)
+    buffers = {"out": out, "lse": lse}
+    buffer = buffers[argument]
+    buffers[argument], word = unwritable(
+        kind, buffer.shape, dtype=buffer.dtype, device=buffer.device
+    )
+    case["q"].requires_grad_()
+    with pytest.raises(RuntimeError, match=f"leanattn::.*: {argument} cannot be .*{word}"):
+        OPS.decode_with_lse_out(**case, **buffers)
+    assert not any(tensor.detach().any() for tensor in buffers.values())
+    with torch.no_grad():
+        OPS.decode_with_lse_out(**case, **buffers)
+    assert all(tensor.detach().any() for tensor in buffers.values())
+
+
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(guard, device):
     """Parameters that require grad are fine where no graph is recorded."""

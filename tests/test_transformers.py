@@ -530,16 +530,16 @@ def test_any_mask_is_what_transformers_would_have_made(q_length, rule, kind, cap
     expected = sdpa_mask(**arguments, allow_is_causal_skip=False)
     with NoWaiting():
         mask = integration.decode_mask(**arguments)
-    light = integration._is_from_decode_mask(mask)
-    assert light == (q_length == 1 or (rule == "causal" and kind is None))
-    if not light:
+    decoded = integration._decoded(mask)
+    assert (decoded is not None) == (q_length == 1 or (rule == "causal" and kind is None))
+    if decoded is None:
         assert torch.equal(mask, expected)
         return
-    assert torch.equal(integration._bool_mask(mask, q_length, capacity).expand_as(expected),
+    assert torch.equal(integration._bool_mask(decoded, q_length, capacity).expand_as(expected),
                        expected)  # fmt: skip
     query = torch.randn(4, 6, q_length, 16)
     key, value = torch.randn(2, 4, 2, capacity, 16)
-    out = integration._decode_step(query, key, value, mask, 0.3, None, None)
+    out = integration._decode_step(query, key, value, decoded, 0.3, None, None)
     sdpa = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, expected, scale=0.3, enable_gqa=True
     )
@@ -570,13 +570,13 @@ def test_a_window_that_cuts_nothing_is_a_prefix():
             batch_size=2, q_length=1, kv_length=7, q_offset=5, mask_function=RULES[rule][0],
             local_size=RULES[rule][1],
         )  # fmt: skip
-        assert mask.shape == ((2, 1, 1, 1) if light == 1 else (2, 2, 1, 7))
+        assert mask.shape == ((2, 1, 1, 1) if light == 1 else (2, 1, 2, 7))
 
 
 def test_pages_of_caches_of_many_strides():
     """The cache may be a view: of longer sequences, of packed K and V, of [B, T, Hkv, D]."""
     visible = padding("holes", 12)
-    mask = integration._pages(visible)
+    mask = integration._decoded(integration._pages(visible))
     query = torch.randn(4, 4, 1, 16)
     caches = [
         torch.randn(4, 2, 30, 16)[:, :, 5:17],
@@ -594,9 +594,37 @@ def test_pages_of_caches_of_many_strides():
     with pytest.raises(ValueError, match="mask is of 12 tokens, the cache has 11"):
         cut = caches[0][:, :, :11]
         integration._decode_step(query, cut, cut, mask, None, None, None)
-    # No table of tokens is right for both: torch does it.
+    # No table of tokens is right for both as they lie: V is laid out anew.
     key, value = caches[:2]
-    assert integration._decode_step(query, key, value, mask, None, None, None) is None
+    out = integration._decode_step(query, key, value, mask, None, None, None)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, visible[:, None, None], enable_gqa=True
+    )
+    torch.testing.assert_close(out.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask & torch.ones(1, dtype=torch.bool),
+        lambda mask: mask.masked_fill(torch.ones(1, dtype=torch.bool), 0),
+        lambda mask: ~mask,
+        lambda mask: torch.where(mask, 0.0, -1.0),
+        lambda mask: torch.zeros(1).masked_fill(mask, -1.0),
+        lambda mask: torch.cat((mask, torch.ones(4, 1, 2, 1, dtype=torch.bool)), -1),
+        lambda mask: mask + torch.zeros(4, 1, 1, 12),
+        lambda mask: (1.0 - mask) * -1e9,
+        lambda mask: mask[..., :5],
+    ],
+)
+def test_a_changed_mask_is_an_error(change):
+    """A model, of whatever origin, that works with its mask fails; it computes nothing else."""
+    mask = integration._pages(padding("left", 12))
+    query, (key, value) = torch.randn(4, 2, 1, 16), torch.randn(2, 4, 2, 12, 16)
+    module = torch.nn.Module()
+    integration.attention_forward(module, query, key, value, mask)
+    with pytest.raises((RuntimeError, ValueError, NotImplementedError)):
+        integration.attention_forward(module, query, key, value, change(mask))
 
 
 # --- Models that do more -------------------------------------------------------------------------
@@ -646,11 +674,167 @@ def test_models_whose_masks_do_not_say_all():
         model(make_tokens(30))
 
 
+def from_config(config, implementation="leanattn", model_class=None):
+    torch.manual_seed(0)
+    model_class = model_class or transformers.AutoModelForCausalLM
+    make = getattr(model_class, "from_config", None) or model_class._from_config
+    return make(copy.deepcopy(config), attn_implementation=implementation).eval()
+
+
 def test_models_that_take_no_other_attention():
-    """transformers lets them have any that is registered, and they would misread its masks."""
-    _, model = small_models("bloom", n_layer=2, n_head=4)
-    with pytest.raises(ValueError, match="BloomModel does not support"):
-        model(make_tokens(30))
+    """transformers lets them have any that is registered, and they would misread its masks, or
+    never look at the name."""
+    for name, config in {
+        "Bloom": transformers.BloomConfig(**SMALL, n_layer=1, n_head=4),
+        "CodeGen": transformers.CodeGenConfig(vocab_size=97, n_embd=64, n_layer=1, n_head=4),
+        "BlipText": transformers.BlipTextConfig(**SMALL),
+    }.items():
+        model_class = transformers.BlipTextModel if name == "BlipText" else None
+        with pytest.raises(ValueError, match=f'{name}.* does not support .* use .*"eager"'):
+            from_config(config, model_class=model_class)
+        model = from_config(config, "eager", model_class)
+        model.config._attn_implementation = "leanattn"  # by hand, past all of transformers' checks
+        if name != "CodeGen":  # which asks nobody for a mask either, and stays what it was
+            with pytest.raises(ValueError, match=f"{name}.* does not support"):
+                model(make_tokens(30))
+
+
+BLIP = dict(
+    text_config=dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                     num_attention_heads=2, encoder_hidden_size=64, bos_token_id=1, eos_token_id=2,
+                     sep_token_id=2, pad_token_id=0),
+    vision_config=dict(hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                       num_attention_heads=2, image_size=32, patch_size=16),
+)  # fmt: skip
+
+
+def test_text_towers_of_larger_models():
+    """BLIP's is in no table of transformers. By parts it may still have leanattn elsewhere."""
+    config = transformers.BlipConfig(**BLIP)
+    model_class = transformers.BlipForConditionalGeneration
+    with pytest.raises(ValueError, match="Blip.* does not support .*text_config"):
+        from_config(config, model_class=model_class)
+    parts = {"": "eager", "text_config": "leanattn", "vision_config": "eager"}
+    with pytest.raises(ValueError, match="BlipText.* does not support"):
+        from_config(config, parts, model_class)
+
+
+def test_one_part_of_a_larger_model(calls):
+    """The text by leanattn and the rest by eager, as docs/transformers.md has it."""
+    vision = transformers.CLIPVisionConfig(**BLIP["vision_config"])
+    config = transformers.LlavaConfig(vision_config=vision, text_config=LlamaConfig(**COMMON))
+    model_class = transformers.LlavaForConditionalGeneration
+    parts = {"": "eager", "vision_config": "eager", "text_config": "leanattn"}
+    ids, mask = make_prompts(padded=True)
+    tokens = [
+        generate(from_config(config, name, model_class), ids, mask, steps=6)
+        for name in ("eager", parts)
+    ]
+    assert torch.equal(tokens[1], tokens[0])
+    assert len(calls) == 5 * LAYERS
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(transformers.PreTrainedModel):
+    """As from outside transformers: its class says nothing of other attention."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.post_init()
+
+
+def test_models_from_outside_transformers():
+    """Their class decides, in no table of transformers though it is."""
+    with pytest.raises(ValueError, match="OwnModel does not support other attention"):
+        from_config(OwnConfig(**COMMON), model_class=OwnModel)
+
+    class Willing(OwnModel):
+        _supports_sdpa = True
+
+    assert from_config(OwnConfig(**COMMON), model_class=Willing)
+
+
+def test_models_that_say_yes_and_never_ask(tmp_path, monkeypatch):
+    """A file that defines attention and leaves it at that, whatever the flags say."""
+    (tmp_path / "modeling_deaf.py").write_text(
+        "import torch.nn as nn\n"
+        "from transformers import LlamaConfig, PreTrainedModel\n"
+        "class DeafAttention(nn.Module):\n    pass\n"
+        "class DeafModel(PreTrainedModel):\n"
+        "    config_class = LlamaConfig\n    _supports_sdpa = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    deaf = importlib.import_module("modeling_deaf").DeafModel
+    with pytest.raises(ValueError, match="DeafModel does not ask"):
+        from_config(LlamaConfig(**COMMON), model_class=deaf)
+
+
+@pytest.mark.parametrize("name, config", {
+    "Falcon": dict(vocab_size=97, hidden_size=64, num_hidden_layers=1, num_attention_heads=4),
+    "GPTJ": dict(vocab_size=97, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64),
+    "GPTNeo": dict(vocab_size=97, hidden_size=64, num_layers=1, num_heads=4,
+                   attention_types=[[["global"], 1]]),
+}.items())  # fmt: skip
+def test_tables_of_attention_classes(name, config):
+    """The name is none of theirs: instead of a KeyError they say so, and what to use."""
+    config = getattr(transformers, f"{name}Config")(**config)
+    own = "takes its attention from a table of classes|does not support other attention"
+    with pytest.raises(ValueError, match=rf"{name}\w* ({own}).* use attn_implementation="):
+        from_config(config)
+
+
+def test_a_vision_tower_with_a_table():
+    """The whole model is refused by it, and the text by itself is not."""
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                  output_channels=16, mlp_dim=32, num_pos_feats=8)  # fmt: skip
+    config = transformers.SamConfig(vision_config=vision)
+    with pytest.raises(ValueError, match="SamVision.*_CLASSES.*text_config"):
+        from_config(config, model_class=transformers.SamModel)
+
+
+def test_a_config_in_no_table_of_transformers(calls):
+    """Voxtral Realtime's text model."""
+    name = "VoxtralRealtimeTextConfig"
+    if not hasattr(transformers, name):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    from transformers.models.voxtral_realtime import modeling_voxtral_realtime
+
+    config = getattr(transformers, name)(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=16,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    x, t = torch.randn(2, 9, 64), torch.randn(2, 1, 64)
+    results = []
+    for implementation in ("eager", "leanattn"):
+        model = from_config(
+            config, implementation, modeling_voxtral_realtime.VoxtralRealtimeTextModel
+        )
+        with torch.no_grad():
+            cache = model(inputs_embeds=x, t_cond=t, use_cache=True).past_key_values
+            results.append(model(inputs_embeds=x[:, :1], t_cond=t, past_key_values=cache)[0])
+    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=2e-4)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name, more", {
+    "deepseek_v2": {k: v for k, v in MLA.items() if "index" not in k}
+    | dict(first_k_dense_replace=1),
+    "falcon_h1": dict(head_dim=16, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16,
+                      mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=16),
+}.items())  # fmt: skip
+def test_every_padded_step_goes_to_the_op(name, more, calls):
+    """Of latent models too, whose V lies unlike K, and of hybrids."""
+    models = small_models(name, **more)
+    ids, mask = make_prompts(padded=True, length=12)
+    tokens = [generate(model, ids, mask, steps=8) for model in models]
+    assert torch.equal(tokens[1], tokens[0])
+    assert len(calls) == 7 * 2
 
 
 def test_models_that_change_their_mask():

@@ -66,11 +66,12 @@ void check_dtypes(const Checker& check, const Arguments& a) {
   };
   const ScalarType type = a.k.scalar_type();
   const ScalarType cache_type = a.k_cache.scalar_type();
-  check.require(is_float(type), "k", "must be Half or BFloat16 (Float too on the CPU), got ",
-                toString(type), " on ", device_of(a.k));
-  check.require(is_float(cache_type) || is_fp8(a.k_cache), "k_cache",
-                "must be Half, BFloat16, Float8_e4m3fn or Float8_e5m2 (Float too on the CPU), got ",
-                toString(cache_type), " on ", device_of(a.k_cache));
+  check.require(is_float(type), "k", "must be float16 or bfloat16 (float32 too on the CPU), got ",
+                name_of(type), " on ", device_of(a.k));
+  check.require(
+      is_float(cache_type) || is_fp8(a.k_cache), "k_cache",
+      "must be float16, bfloat16, float8_e4m3fn or float8_e5m2 (float32 too on the CPU), got ",
+      name_of(cache_type), " on ", device_of(a.k_cache));
   check.dtype(a.v, "v", type);
   check.dtype(a.v_cache, "v_cache", cache_type);
   check.dtype(a.cache_seqlens, "cache_seqlens", ScalarType::Int);
@@ -80,7 +81,7 @@ void check_dtypes(const Checker& check, const Arguments& a) {
   if (a.cos) {
     const ScalarType table_type = a.cos->scalar_type();
     check.require(table_type == ScalarType::Float || table_type == type, "cos",
-                  "must be Float or q's dtype, ", toString(type), ", got ", toString(table_type));
+                  "must be float32 or q's dtype, ", name_of(type), ", got ", name_of(table_type));
     check.dtype(*a.sin, "sin", table_type);
   }
 }

@@ -29,8 +29,41 @@ std::ostream& operator<<(std::ostream& text, const DeviceOf& of) {
 }
 
 void Checker::dtype(const Tensor& t, const char* argument, ScalarType wanted) const {
-  require(t.scalar_type() == wanted, argument, "must be ", toString(wanted), ", got ",
-          toString(t.scalar_type()));
+  require(t.scalar_type() == wanted, argument, "must be ", name_of(wanted), ", got ",
+          name_of(t.scalar_type()));
+}
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    default:
+      return toString(type);
+  }
 }
 
 namespace {
@@ -50,8 +83,8 @@ bool has_known_dtype(const Tensor& t) {
 void Checker::given(const Tensor& t, const char* argument) const {
   require(t.defined(), argument, "must be a tensor, got None");
   require(has_known_dtype(t), argument,
-          "has a dtype that is not supported; allowed are Float, Half, "
-          "BFloat16, Float8_e4m3fn, Float8_e5m2 and Int, whichever the argument takes");
+          "has a dtype that is not supported; allowed are float32, float16, "
+          "bfloat16, float8_e4m3fn, float8_e5m2 and int32, whichever the argument takes");
 }
 
 void Checker::supported_device(const Tensor& t, const char* argument) const {
@@ -84,8 +117,8 @@ void Checker::shape(const Tensor& t, const char* argument, const char* names,
 void Checker::scale(const OptionalTensor& t, const char* argument, const Tensor& cache,
                     int64_t batch) const {
   if (!t) return;
-  require(is_fp8(cache), argument, "goes with Float8 caches only, got it with ",
-          toString(cache.scalar_type()));
+  require(is_fp8(cache), argument, "goes with float8 caches only, got it with ",
+          name_of(cache.scalar_type()));
   dtype(*t, argument, ScalarType::Float);
   if (t->numel() == 1) return;
   const int64_t heads = cache.size(2);

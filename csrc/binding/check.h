@@ -59,6 +59,9 @@ std::ostream& operator<<(std::ostream& text, const ShapeOf& shape);
 std::ostream& operator<<(std::ostream& text, const StridesOf& strides);
 std::ostream& operator<<(std::ostream& text, const DeviceOf& device);
 
+// As Python calls it: "int32", where toString says "Int".
+const char* name_of(ScalarType type);
+
 inline bool is_fp8(const Tensor& t) {
   return t.scalar_type() == ScalarType::Float8_e4m3fn || t.scalar_type() == ScalarType::Float8_e5m2;
 }

@@ -17,15 +17,14 @@ void check_dtypes(const Checker& check, const DecodeArguments& a) {
   const ScalarType type = a.q.scalar_type();
   const bool sixteen_bit = type == ScalarType::Half || type == ScalarType::BFloat16;
   check.require(sixteen_bit || (type == ScalarType::Float && a.q.is_cpu()), "q",
-                "must be Half or BFloat16 (Float too on the CPU), got ", toString(type), " on ",
+                "must be float16 or bfloat16 (float32 too on the CPU), got ", name_of(type), " on ",
                 device_of(a.q));
   const ScalarType cache_type = a.k_cache.scalar_type();
   check.require(cache_type == type || (sixteen_bit && is_fp8(a.k_cache)), "k_cache",
-                "must be q's dtype, ", toString(type),
-                sixteen_bit ? ", Float8_e4m3fn or Float8_e5m2" : "", ", got ",
-                toString(cache_type));
+                "must be q's dtype, ", name_of(type),
+                sixteen_bit ? ", float8_e4m3fn or float8_e5m2" : "", ", got ", name_of(cache_type));
   check.require(a.v_cache.scalar_type() == cache_type, "v_cache", "must be k_cache's dtype, ",
-                toString(cache_type), ", got ", toString(a.v_cache.scalar_type()));
+                name_of(cache_type), ", got ", name_of(a.v_cache.scalar_type()));
 }
 
 void check_devices(const Checker& check, const DecodeArguments& a) {

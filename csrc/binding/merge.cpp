@@ -27,7 +27,7 @@ void check_arguments(const Checker& check, const Tensor& outs, const Tensor& lse
   const ScalarType type = outs.scalar_type();
   check.require(
       type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, "outs",
-      "must be Half, BFloat16 or Float, got ", toString(type));
+      "must be float16, bfloat16 or float32, got ", name_of(type));
   check.dtype(lses, "lses", ScalarType::Float);
   check.require(outs.dim() >= 2, "outs", "must be [n, ..., head_dim], got shape ", shape_of(outs));
   const std::vector<int64_t> wanted(outs.sizes().begin(), outs.sizes().end() - 1);

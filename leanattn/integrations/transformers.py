@@ -2,16 +2,20 @@
 
 Decode steps go to torch.ops.leanattn.decode, prefill and training to SDPA; shapes decide. What a
 decode step sees is worked out once a forward, on the device, by `decode_mask` and shared by all
-layers. It stands where transformers passes masks, as an int32 tensor of four dimensions, for only
-such a one passes through `generate` and torch.compile untouched:
+layers. It stands where transformers passes masks, as a tensor of four dimensions, for only such a
+one passes through `generate` and torch.compile untouched:
 
     lengths   [B, 1, 1, 1]  every sequence sees a prefix of the cache: how many tokens
-    pages     [B, 2, 1, T]  any other mask of one query, with padding for instance
-                            [:, 0]           the tokens that are seen, then those that are not
-                            [:, 1, 0, 0]     how many are seen
+    pages     [B, 1, 2, T]  any other mask of one query, with padding for instance
+                            [:, :, 0]        the tokens that are seen, then those that are not
+                            [:, :, 1, 0]     how many are seen
 
 T is the cache's capacity, of which nothing but the tokens seen is read. The op knows prefixes only;
 with `pages` it takes the cache as a paged one whose pages hold one token each, in any order.
+
+Both are uint32, of which torch has copies and views but hardly any arithmetic, and `pages` has two
+rows for one query: a model that changes its mask instead of handing it on fails, where another
+dtype would let it compute something else.
 """
 
 import functools
@@ -19,7 +23,7 @@ import inspect
 
 import torch
 import transformers
-from transformers import MODEL_MAPPING, AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
@@ -28,6 +32,11 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from leanattn.integrations.own_attention import (
+    check_models,
+    own_attention,
+    refuse_own_attention,
+)
 from leanattn.integrations.token_pages import as_token_pages
 from leanattn.sdpa import MAX_QUERIES, backend_override, unsupported
 
@@ -42,7 +51,8 @@ _decode = torch.ops.leanattn.decode
 # Models of these layers do no more with an attention mask than hand it to the attention function;
 # sparse ones look into it.
 _LAYER_TYPES = {
-    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv",
+    "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "moe",
+    "hybrid", "hybrid_sliding",
 }  # fmt: skip
 
 
@@ -57,6 +67,7 @@ def register():
     """Makes `attn_implementation="leanattn"` known to transformers. Importing this does it too."""
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, decode_mask)
+    check_models(NAME)
 
 
 # --- Masks ---------------------------------------------------------------------------------------
@@ -104,7 +115,7 @@ def decode_mask(
                 return None
             length = torch.full((1,), length, dtype=torch.int32, device=device)
         length = length.to(device=device, dtype=torch.int32)
-        return length.view(1, 1, 1, 1).expand(batch_size, 1, 1, 1)
+        return length.view(torch.uint32).view(1, 1, 1, 1).expand(batch_size, 1, 1, 1)
     # Whether a mask could be left out depends on its content: asking would wait for the device.
     options["allow_is_causal_skip"] = False
     if attention_mask is not None:
@@ -114,25 +125,27 @@ def decode_mask(
 
 
 def _check_model(config):
-    """Refuses models that do not take other attention than their own, though transformers lets them
-    have it by name. While dynamo traces, the model has been here before, or will be."""
-    if torch.compiler.is_compiling() or config is None:
-        return
-    model = _model_of(type(config))
-    if model is not None and not (model._supports_sdpa or model._supports_attention_backend):
-        raise ValueError(
-            f"leanattn: {model.__name__} does not support other attention than its own: "
-            'use attn_implementation="eager"'
-        )
+    """Refuses the models that `check_models` refuses where the name was written into a config by
+    hand. While dynamo traces, the model has been here before, or will be."""
+    if not torch.compiler.is_compiling() and config is not None:
+        model = _model_of_own_attention(type(config))
+        if model is not None:
+            refuse_own_attention(model, NAME)
 
 
 @functools.lru_cache
-def _model_of(config_type):
-    """Its class, or None where transformers does not know one."""
-    if config_type not in MODEL_MAPPING:
+def _model_of_own_attention(config_type):
+    """A class of models with such a config, if all of them have attention of their own, or None."""
+    models = [m for m in _subclasses(PreTrainedModel) if m.config_class is config_type]
+    if any(own_attention(model, NAME) is None for model in models):
         return None
-    model = MODEL_MAPPING[config_type]
-    return model[0] if isinstance(model, (tuple, list)) else model
+    return models[-1] if models else None
+
+
+def _subclasses(parent):
+    for child in parent.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _sees_prefix(mask_function, kv_length, local_size):
@@ -157,27 +170,33 @@ _A_SLIDING_MASK = sliding_window_causal_mask_function(1)
 
 
 def _pages(visible):
-    """`pages` of visible, [B, T] bool."""
+    """`pages` of visible, `[B, T]` bool."""
     tokens = torch.arange(visible.shape[1], device=visible.device)
     seen = visible.sum(1, keepdim=True)
     places = torch.where(visible, visible.cumsum(1) - 1, seen + (~visible).cumsum(1) - 1)
     table = torch.empty_like(places).scatter_(1, places, tokens.expand_as(places))
-    return torch.stack((table, seen.expand_as(table)), 1).to(torch.int32)[:, :, None]
+    return (
+        torch.stack((table, seen.expand_as(table)), 1).to(torch.int32).view(torch.uint32)[:, None]
+    )
 
 
-def _is_from_decode_mask(mask):
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.int32 or mask.dim() != 4:
-        return False
-    return mask.shape[2] == 1 and (mask.shape[1] == 2 or mask.shape[1:] == (1, 1, 1))
+def _decoded(mask):
+    """`lengths` or `pages` in int32, or None if the mask is something else. A caller's own lengths
+    are int32 already."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    if mask.dtype == torch.uint32:
+        return mask.view(torch.int32)
+    return mask if mask.dtype == torch.int32 and mask.shape[1:] == (1, 1, 1) else None
 
 
 def _bool_mask(mask, q_length, kv_length):
-    """The [B, 1, Sq, T] bool mask of `lengths` or `pages`, for SDPA."""
+    """The [B, 1, Sq, T] bool mask of decoded `lengths` or `pages`, for SDPA."""
     tokens = torch.arange(kv_length, device=mask.device)
-    if mask.shape[1] == 1:
+    if mask.shape[2] == 1:
         rows = torch.arange(q_length, device=mask.device)[:, None]
         return tokens < mask - (q_length - 1) + rows
-    visible = tokens < mask[:, 1, 0]
+    visible = tokens < mask[:, 0, 1]
     return torch.empty_like(visible).scatter_(1, mask[:, 0, 0].long(), visible)[:, None, None]
 
 
@@ -206,14 +225,14 @@ def attention_forward(
                 f"leanattn: {type(module).__name__} gives its attention `{name}`, which leanattn "
                 'does not know: use attn_implementation="sdpa" or "eager"'
             )
-    from_decode_mask = _is_from_decode_mask(attention_mask)
-    is_step = from_decode_mask or (attention_mask is None and query.shape[2] == 1)
+    decoded = _decoded(attention_mask)
+    is_step = decoded is not None or (attention_mask is None and query.shape[2] == 1)
     if is_step and dropout == 0.0 and kwargs.get("position_bias") is None:
-        out = _decode_step(query, key, value, attention_mask, scaling, softcap, s_aux)
+        out = _decode_step(query, key, value, decoded, scaling, softcap, s_aux)
         if out is not None:
             return out, None
-    if from_decode_mask:
-        attention_mask = _bool_mask(attention_mask, query.shape[2], key.shape[2])
+    if decoded is not None:
+        attention_mask = _bool_mask(decoded, query.shape[2], key.shape[2])
     if softcap is None and s_aux is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -228,7 +247,7 @@ def attention_forward(
 
 
 def _decode_step(query, key, value, mask, scaling, softcap, sinks):
-    """[B, Sq, Hq, Dv] by the op, or None if it does not take this."""
+    """[B, Sq, Hq, Dv] by the op, or None if it does not take this. The mask is a decoded one."""
     if backend_override() == "torch" or unsupported(query, key, value) is not None:
         return None
     options = dict(softmax_scale=scaling, softcap=softcap or 0.0)
@@ -239,13 +258,13 @@ def _decode_step(query, key, value, mask, scaling, softcap, sinks):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if mask is None:
         return _decode(query, key, value, **options)
-    if mask.shape[1] == 1:
+    if mask.shape[2] == 1:
         return _decode(query, key, value, mask[:, 0, 0, 0], **options)
     if mask.shape[3] != key.shape[1]:
         raise ValueError(
             f"leanattn: the mask is of {mask.shape[3]} tokens, the cache has {key.shape[1]}"
         )
-    pages = as_token_pages(key, value)
+    pages = as_token_pages(key, value) or as_token_pages(_heads_first(key), _heads_first(value))
     if pages is None:
         return None
     key, value, sequence_step, token_step = pages
@@ -255,7 +274,13 @@ def _decode_step(query, key, value, mask, scaling, softcap, sinks):
     if query.shape[0] > 1:
         sequences = torch.arange(query.shape[0], dtype=torch.int32, device=key.device)
         table = table + sequence_step * sequences[:, None]
-    return _decode(query, key, value, mask[:, 1, 0, 0], table, **options)
+    return _decode(query, key, value, mask[:, 0, 1, 0], table, **options)
+
+
+def _heads_first(cache):
+    """`[B, T, Hkv, D]` as it lies in transformers' caches, copied if it lies in another way: latent
+    models make V anew each step, and lay it out unlike K."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # Scores that a prefill with softcap or sinks holds at a time; 2^28 fp32 numbers are a GiB.
