@@ -23,7 +23,8 @@ demo: build
 # PATH: what the tests compile themselves, they compile with the environment's ninja. The second time
 # on an emulated GPU: those files that are mostly about the way to a kernel; all would take an hour.
 PYTEST := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/pytest -n auto --dist worksteal
-EMULATED := append append_errors append_torch context_parallel errors float8 flash_attn fuzz head_pairs layouts merge tensor_maps
+EMULATED := append append_decode append_errors append_torch context_parallel errors float8 flash_attn \
+  fuzz head_pairs layouts merge tensor_maps
 
 test: build
 	$(PYTEST) $(ARGS)

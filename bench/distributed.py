@@ -3,7 +3,8 @@ what it is made of.
 
     python -m bench.distributed --gpus 1,2 --csv distributed.csv
 
-In CUDA graphs of nothing else, as bench.decode; a time is that of the slowest rank.
+In CUDA graphs of nothing else, as bench.decode; a time is that of the slowest rank. bench/README.md
+says what the names mean.
 """
 
 import argparse
@@ -27,23 +28,11 @@ from bench.timing import CudaGraph
 HEAD_DIM = 128
 HEADS = {"32/8": (32, 8), "8/1": (8, 1)}
 TOKENS = {"128k": 2**17, "1M": 2**20, "4M": 2**22}
+MANY_RANKS = (8, 64)  # whose states one GPU merges too, for what they would give on paper
 ROUNDS = 11
 ROTATED_BYTES = 2**28  # input sets together, so that nothing is read from L2
 COLUMNS = ["gpus", "heads", "tokens", "mib_a_gpu", "name", "us", "us_quartile1", "us_quartile3",
            "rounds", "calls", "error"]  # fmt: skip
-# What is timed; those with an exchange on several GPUs alone.
-NAMES = {
-    "floor": "a kernel that only reads a GPU's share",
-    "decode": "of a GPU's share, as part of a group; on one GPU leanattn.decode",
-    "decode-plain": "leanattn.decode with the lengths of the share, to 16 bits",
-    "nccl": "the all-gather alone",
-    "one-shot": "the same by symmetric memory: two barriers and a copy",
-    "one-shot-1": "with one barrier, where calls take turns with two buffers",
-    "merge": "alone",
-    "whole": "leanattn.distributed.decode",
-    "whole-one-shot": "with that exchange",
-    "whole-one-shot-1": "with that",
-}
 
 
 class OneShot:
@@ -51,12 +40,14 @@ class OneShot:
     and copies the others' from theirs. No multicast.
 
     `safe`: a second barrier keeps a rank from writing its next state before the others have read
-    this one. Without it two buffers take turns, and no two calls that follow each other, in any
-    graph and from one graph to the next, may use the same.
+    this one; it stands beside the merge, on a stream of its own. Without it two buffers take turns,
+    and no two calls that follow each other, in any graph and from one graph to the next, may use
+    the same.
     """
 
     def __init__(self, size, group, device, safe):
         self.safe, self.ranks, self.turn = safe, dist.get_world_size(group), 0
+        self.beside = torch.cuda.Stream(device)
         self.buffers = []
         for _ in range(1 if safe else 2):
             own = symmetric_memory.empty(size, dtype=torch.float32, device=device)
@@ -68,13 +59,20 @@ class OneShot:
         self.turn = (self.turn + 1) % len(self.buffers)
         return self.buffers[self.turn][0]
 
-    def gather(self):
+    def gather(self, use):
+        """use([ranks, size] of everyone's states)"""
         _, handle, parts = self.buffers[self.turn]
         handle.barrier(channel=0)
         everyones = torch.stack(parts)
-        if self.safe:
+        if not self.safe:
+            return use(everyones)
+        stream = torch.cuda.current_stream()
+        self.beside.wait_stream(stream)
+        with torch.cuda.stream(self.beside):
             handle.barrier(channel=1)
-        return everyones
+        result = use(everyones)
+        stream.wait_stream(self.beside)
+        return result
 
 
 class Case:
@@ -110,11 +108,14 @@ class Case:
         """{name: call(k and v)}"""
         calls = {"floor": self.floor, "decode": self.decode}
         if self.ranks == 1:
+            for ranks in MANY_RANKS:
+                everyones = torch.zeros(ranks, self.state.size, device=self.device)
+                calls[f"merge-{ranks}"] = lambda _, states=everyones: self.merge_all(states)
             return calls
         calls |= {"decode-plain": self.decode_plain, "nccl": self.nccl, "merge": self.merge,
                   "whole": self.whole}  # fmt: skip
         for name, exchange in self.one_shots.items():
-            calls[name] = lambda _, exchange=exchange: (exchange.next_own(), exchange.gather())
+            calls[name] = lambda _, exchange=exchange: self.one_shot(exchange)
             calls[f"whole-{name}"] = lambda kv, exchange=exchange: self.whole_one_shot(kv, exchange)
         return calls
 
@@ -138,14 +139,21 @@ class Case:
         return leanattn.distributed.all_gather(self.own, self.ranks, self.group)
 
     def merge(self, _):
-        return leanattn.merge_states(*self.state.parts(self.everyones), dtype=self.q.dtype)
+        return self.merge_all(self.everyones)
+
+    def merge_all(self, everyones):
+        return leanattn.merge_states(*self.state.parts(everyones), dtype=self.q.dtype)
 
     def whole(self, kv):
         return leanattn.distributed.decode(self.q, *kv, self.lengths, group=self.group)
 
+    def one_shot(self, exchange):
+        exchange.next_own()
+        return exchange.gather(lambda everyones: everyones)
+
     def whole_one_shot(self, kv, exchange):
         self.decode_to(exchange.next_own(), kv)
-        return leanattn.merge_states(*self.state.parts(exchange.gather()), dtype=self.q.dtype)[0]
+        return exchange.gather(self.merge_all)[0]
 
     def truth(self):
         """Of the first set in fp32, a head at a time: states of all ranks, merged here."""

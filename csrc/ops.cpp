@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "binding/append.h"
+#include "binding/append_decode.h"
 #include "binding/decode.h"
 #include "binding/device_ops.h"
 #include "binding/merge.h"
@@ -20,6 +21,14 @@
   "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, " \
   "bool batch_invariant=False, Tensor? counters=None" LEANATTN_CP_SCHEMA
 
+#define LEANATTN_APPEND_DECODE_SCHEMA                                                            \
+  "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, " \
+  "Tensor? block_table=None, *, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "    \
+  "Tensor? cu_seqlens=None, SymInt? max_seqlen_q=None, float? softmax_scale=None, "              \
+  "bool causal=True, int window_left=-1, int window_right=-1, float softcap=0.0, "               \
+  "Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "  \
+  "bool batch_invariant=False, Tensor? counters=None"
+
 STABLE_TORCH_LIBRARY(leanattn, m) {
   m.def("decode(" LEANATTN_DECODE_SCHEMA ") -> Tensor");
   m.def("decode_with_lse(" LEANATTN_DECODE_SCHEMA ") -> (Tensor out, Tensor lse)");
@@ -35,6 +44,9 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
       "Tensor cache_seqlens, Tensor? block_table, Tensor cos, Tensor sin, *, "
       "bool interleaved=False, Tensor? cu_seqlens=None, Tensor? k_scale=None, "
       "Tensor? v_scale=None" LEANATTN_CP_SCHEMA ") -> ()");
+  m.def("append_decode(" LEANATTN_APPEND_DECODE_SCHEMA ") -> Tensor");
+  m.def("append_decode_with_lse(" LEANATTN_APPEND_DECODE_SCHEMA ") -> (Tensor out, Tensor lse)");
+  m.def("append_decode_out(" LEANATTN_APPEND_DECODE_SCHEMA ", Tensor(c!) out) -> ()");
   m.def(
       "merge_states(Tensor outs, Tensor lses, *, ScalarType? dtype=None) -> (Tensor out, Tensor "
       "lse)");
@@ -58,9 +70,12 @@ STABLE_TORCH_LIBRARY(leanattn, m) {
   m.impl("decode_with_lse_out", TORCH_BOX(&leanattn::decode_with_lse_out)); \
   m.impl("decode_check", TORCH_BOX(&leanattn::decode_check))
 
-#define LEANATTN_IMPLEMENT_OTHERS(m)                              \
-  m.impl("append_kv", TORCH_BOX(&leanattn::append_kv));           \
-  m.impl("rope_append_kv", TORCH_BOX(&leanattn::rope_append_kv)); \
+#define LEANATTN_IMPLEMENT_OTHERS(m)                                              \
+  m.impl("append_kv", TORCH_BOX(&leanattn::append_kv));                           \
+  m.impl("rope_append_kv", TORCH_BOX(&leanattn::rope_append_kv));                 \
+  m.impl("append_decode", TORCH_BOX(&leanattn::append_decode));                   \
+  m.impl("append_decode_with_lse", TORCH_BOX(&leanattn::append_decode_with_lse)); \
+  m.impl("append_decode_out", TORCH_BOX(&leanattn::append_decode_out));           \
   m.impl("merge_states", TORCH_BOX(&leanattn::merge_states))
 
 STABLE_TORCH_LIBRARY_IMPL(leanattn, CPU, m) {

@@ -58,14 +58,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden, sum(self.heads) * config.head_dim, bias=False)
         self.out = nn.Linear(config.heads_q * config.head_dim, config.hidden, bias=False)
 
-    def forward(self, x, k_cache, v_cache, lengths, lengths_after, block_table, rope, cu_seqlens):
+    def forward(self, x, k_cache, v_cache, lengths, block_table, rope, cu_seqlens):
         """x [total, hidden], k_cache and v_cache [num_pages, page_size, Hkv, D] of this layer."""
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, 1)
-        # Rotates q in place and k on its way into the cache, behind what is there already.
-        ops.rope_append_kv(
-            q, k, v, k_cache, v_cache, lengths, block_table, *rope, cu_seqlens=cu_seqlens
-        )
-        out = ops.decode(q, k_cache, v_cache, lengths_after, block_table, cu_seqlens_q=cu_seqlens)
+        # Rotates q and k, writes k and v behind what is in the cache already, and attends to all.
+        out = ops.append_decode(
+            q, k, v, k_cache, v_cache, lengths, block_table, cos=rope[0], sin=rope[1],
+            cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         return self.out(out.flatten(1))
 
 
@@ -108,15 +108,13 @@ class Decoder(nn.Module):
         prefill of prompts of any lengths), without it one token a sequence (a decode step).
         Returns the next token of each sequence, [B].
         """
-        lengths = cache.lengths.clone()
-        new = 1 if cu_seqlens is None else cu_seqlens.diff()
-        cache.lengths += new
         x = self.embedding(tokens)
         for layer, block in enumerate(self.blocks):
             x = block(
-                x, cache.k[layer], cache.v[layer], lengths, cache.lengths, cache.block_table,
-                self.rope, cu_seqlens,
+                x, cache.k[layer], cache.v[layer], cache.lengths, cache.block_table, self.rope,
+                cu_seqlens,
             )  # fmt: skip
+        cache.lengths += 1 if cu_seqlens is None else cu_seqlens.diff()
         if cu_seqlens is not None:
             x = x[cu_seqlens[1:].long() - 1]
         logits = functional.linear(self.norm(x), self.embedding.weight)

@@ -20,6 +20,7 @@ from leanattn.integrations import torch_flash
 from leanattn.integrations.when_imported import when_imported
 from leanattn.ops import (
     __version__,
+    append_decode,
     append_kv,
     counters,
     decode,
@@ -34,6 +35,7 @@ from leanattn.sdpa import Route, scaled_dot_product_attention
 __all__ = [
     "Route",
     "__version__",
+    "append_decode",
     "append_kv",
     "counters",
     "decode",

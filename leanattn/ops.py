@@ -240,6 +240,90 @@ def rope_append_kv(
     )
 
 
+def append_decode(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    cache_seqlens,
+    block_table=None,
+    *,
+    cos=None,
+    sin=None,
+    interleaved=False,
+    cu_seqlens=None,
+    max_seqlen_q=None,
+    softmax_scale=None,
+    causal=True,
+    window_left=-1,
+    window_right=-1,
+    softcap=0.0,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    batch_invariant=False,
+    counters=None,
+    return_lse=False,
+    out=None,
+):
+    """`rope_append_kv` (or `append_kv`, without cos and sin) and `decode` in one: a layer's step.
+
+    The queries are the new tokens' own, and see what the caches hold with them appended. The caches
+    are left as the append leaves them, out is what `decode` gives then; q itself stays as it is.
+    docs/append.md states the rest.
+
+    Args:
+        q: `[B, Sn, Hq, D]`, `[B, Hq, D]` or `[total, Hq, D]`: k's tokens, head dim and dtype.
+        k, v: as in `append_kv`. Where v_cache is a view of k_cache's first columns, v must be one
+            of k's; with cos that is not supported.
+        k_cache, v_cache, block_table: as in `decode`, written to as in `append_kv`.
+        cache_seqlens: `[B]` int32, the lengths **before** the append, clamped to [0, capacity] on
+            the device. What is attended to has the new tokens too, up to the capacity.
+        cos, sin, interleaved: as in `rope_append_kv`; without cos and sin nothing is rotated.
+        cu_seqlens: `[B + 1]` int32, where each sequence's new tokens begin in q, k and v.
+        max_seqlen_q, ..., counters: as in `decode`; k_scale and v_scale for writing too.
+        return_lse: also return the log-sum-exp; not with out.
+        out: where to write the result, instead of a new tensor.
+
+    Returns:
+        out, like q with head dim Dv; or (out, lse), as `decode` does.
+
+    Raises:
+        RuntimeError: naming the argument, what was given and what is allowed, before any launch.
+        ValueError: return_lse and out together.
+    """
+    arguments = (q, k, v, k_cache, v_cache, cache_seqlens, block_table)
+    options = dict(
+        cos=cos,
+        sin=sin,
+        interleaved=interleaved,
+        cu_seqlens=cu_seqlens,
+        max_seqlen_q=max_seqlen_q,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        batch_invariant=batch_invariant,
+        counters=counters,
+    )
+    if out is None:
+        op = _ops.append_decode_with_lse if return_lse else _ops.append_decode
+        return _call(op, *arguments, **options)
+    if return_lse:
+        raise ValueError(
+            "leanattn.append_decode: return_lse does not go with out, got True and a tensor"
+        )
+    _call(_ops.append_decode_out, *arguments, **options, out=out)
+    return out
+
+
 def merge_states(outs, lses, *, dtype=None):
     """Merge attention results over disjoint sets of keys into the result over all of them.
 
@@ -408,6 +492,28 @@ def _(*args, **kwargs):
     _check_devices("rope_append_kv", tensors["k"], tensors, "k")
 
 
+def _fake_append_decode(op, args, kwargs):
+    q, k, v_cache = args[0], args[1], args[4]
+    _check_devices(op, k, _named(op, args, kwargs), "k")
+    return q.new_empty((*q.shape[:-1], v_cache.shape[-1]))
+
+
+@torch.library.register_fake("leanattn::append_decode")
+def _(*args, **kwargs):
+    return _fake_append_decode("append_decode", args, kwargs)
+
+
+@torch.library.register_fake("leanattn::append_decode_with_lse")
+def _(*args, **kwargs):
+    out = _fake_append_decode("append_decode_with_lse", args, kwargs)
+    return out, _fake_lse(args[0])
+
+
+@torch.library.register_fake("leanattn::append_decode_out")
+def _(*args, **kwargs):
+    _fake_append_decode("append_decode_out", args, kwargs)
+
+
 @torch.library.register_fake("leanattn::merge_states")
 def _(outs, lses, *, dtype=None):
     _check_devices("merge_states", outs, {"lses": lses}, "outs")
@@ -529,3 +635,6 @@ _register_autograd(_ops.decode_with_lse_out.default)
 _register_autograd(_ops.merge_states.default)
 _register_autograd(_ops.append_kv.default)
 _register_autograd(_ops.rope_append_kv.default)
+_register_autograd(_ops.append_decode.default)
+_register_autograd(_ops.append_decode_with_lse.default)
+_register_autograd(_ops.append_decode_out.default)

@@ -28,6 +28,7 @@ FEATURES = {
        ("decode", "decode_with_lse", "decode_out", "decode_with_lse_out")},
     "D != Dv": lambda case: case.dims[0] != case.dims[1],
     "D not a multiple of 16": lambda case: case.dims[0] % 16 != 0,
+    "D or Dv not a multiple of 8": lambda case: any(dim % 8 for dim in case.dims),
     "D > 128": lambda case: case.dims[0] > 128,
     "MHA": lambda case: case.heads[0] == case.heads[1],
     "odd group": lambda case: case.heads[0] // case.heads[1] in (3, 5, 7, 17, 71),

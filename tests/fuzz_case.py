@@ -129,6 +129,11 @@ def draw(seed, index, device="cpu"):
     if dtype != "fp32" and likely(0.3):
         cache_dtype, scales = rng.choice(list(FLOAT8)), rng.choice([None, "one", "heads", "batch"])
         dim, dim_v = -(-dim // 16) * 16, -(-dim_v // 16) * 16
+    # Any others, drawn apart, so that no other case changes.
+    dims_rng = random.Random(f"{seed} {index} head dims")
+    if dims_rng.random() < 0.12:
+        grain = 1 if device == "cpu" else 2 if cache_dtype is None else 4
+        dim, dim_v = (grain * dims_rng.randint(1, 256 // grain) for _ in range(2))
     batch = 0 if likely(0.01) else rng.choice([1, 1, 2, 3, 3, 4, 5, 8, 30])
 
     ragged = likely(0.3)

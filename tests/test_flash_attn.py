@@ -373,7 +373,7 @@ def test_arguments_that_do_not_go_together(name, change):
 @pytest.mark.parametrize(
     "message, change",
     [
-        ("append_kv: k must", lambda call: dict(k=call["k"][..., :32])),
+        ("append_decode: k must", lambda call: dict(k=call["k"][..., :32])),
         ("softcap", lambda call: dict(softcap=-1.0)),
         ("head", lambda call: dict(q=call["q"][..., :3, :])),
         ("alibi_slopes", lambda call: dict(alibi_slopes=torch.ones(9))),

@@ -23,6 +23,7 @@ from native.build import CSRC, cutlass_headers
 KERNELS = {
     "lean": "128, 8, Kind::kMma, Float16, LeanFeatures<true, false>",
     "masked": "128, 8, Kind::kMma, Float16, MaskedFeatures<false>",
+    "append": "128, 8, Kind::kMma, Float16, AppendFeatures<true, false>",
     "full": "128, 8, Kind::kMma",
 }
 CUDA_HOME = torch.utils.cpp_extension._find_cuda_home() or "/nowhere"
@@ -42,22 +43,30 @@ WAYS = {
     # From the last product: the warps' states meet in shared memory, are merged, and written.
     "end of a whole item": ("HMMA", r"\bSTS\b", r"MUFU\.EX2", r"\bSTG\.E(\.64)? ", "EXIT"),
 }
-SIZES = {"lean": 6000, "masked": 7800, "full": 12500}  # instructions
+SIZES = {"lean": 6600, "masked": 9000, "append": 7000, "full": 17000}  # instructions
 LIMITS = {
-    "first K": {"lean": Cost(215, 36, 4), "masked": Cost(220, 36, 4), "full": Cost(295, 46, 6)},
+    "first K": {
+        "lean": Cost(215, 36, 4),
+        "masked": Cost(220, 36, 4),
+        "append": Cost(260, 41, 5),
+        "full": Cost(295, 46, 6),
+    },
     "first K, by lengths": {
         "lean": Cost(315, 51, 4),
         "masked": Cost(315, 57, 4),
+        "append": Cost(340, 55, 5),
         "full": Cost(385, 67, 6),
     },
     "first q, by lengths": {
         "lean": Cost(385, 59, 5),
         "masked": Cost(390, 67, 5),
+        "append": Cost(415, 66, 6),
         "full": Cost(495, 83, 7),
     },
     "end of a whole item": {
         "lean": Cost(295, 45, 4),
         "masked": Cost(310, 50, 4),
+        "append": Cost(295, 45, 4),
         "full": Cost(310, 53, 6),
     },
 }

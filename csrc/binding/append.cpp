@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/device.h>
 
 #include "append_value_checks.h"
-#include "context_parallel.h"
 #include "cpu/append_cpu.h"
 #include "tensor_params.h"
 #include "torch_parallel_for.h"
@@ -22,20 +21,11 @@
 namespace leanattn {
 namespace {
 
-struct Arguments {
-  OptionalTensor q;
-  Tensor k, v, k_cache, v_cache, cache_seqlens;
-  OptionalTensor block_table, cos, sin;
-  bool interleaved;
-  OptionalTensor cu_seqlens, k_scale, v_scale;
-  ContextParallel cp;
-};
-
 // --- Checks --------------------------------------------------------------------------------------
 
 // Calls visit(tensor, name) for every tensor that is there.
 template <class Visit>
-void for_each_tensor(const Arguments& a, Visit visit) {
+void for_each_tensor(const AppendArguments& a, Visit visit) {
   const auto optional = [&](const OptionalTensor& t, const char* name) {
     if (t) visit(*t, name);
   };
@@ -53,13 +43,13 @@ void for_each_tensor(const Arguments& a, Visit visit) {
   optional(a.v_scale, "v_scale");
 }
 
-void check_devices(const Checker& check, const Arguments& a) {
+void check_devices(const Checker& check, const AppendArguments& a) {
   check.supported_device(a.k, "k");
   for_each_tensor(a,
                   [&](const Tensor& t, const char* name) { check.same_device(t, name, a.k, "k"); });
 }
 
-void check_dtypes(const Checker& check, const Arguments& a) {
+void check_dtypes(const Checker& check, const AppendArguments& a) {
   const auto is_float = [&](ScalarType type) {
     return type == ScalarType::Half || type == ScalarType::BFloat16 ||
            (type == ScalarType::Float && a.k.is_cpu());
@@ -86,12 +76,13 @@ void check_dtypes(const Checker& check, const Arguments& a) {
   }
 }
 
-int64_t batch_of(const Arguments& a) {
+int64_t batch_of(const AppendArguments& a) {
   return a.block_table ? a.block_table->size(0) : a.k_cache.size(0);
 }
 
 // New rows: [B, Sn, heads, dim] or [B, heads, dim], with cu_seqlens [total, heads, dim].
-void check_new_rows(const Checker& check, const Arguments& a, const Tensor& t, const char* name) {
+void check_new_rows(const Checker& check, const AppendArguments& a, const Tensor& t,
+                    const char* name) {
   const int64_t dims = t.dim();
   if (a.cu_seqlens) {
     check.require(dims == 3, name,
@@ -108,14 +99,15 @@ void check_new_rows(const Checker& check, const Arguments& a, const Tensor& t, c
 }
 
 // That a tensor has k's tokens.
-void check_tokens(const Checker& check, const Arguments& a, const Tensor& t, const char* name) {
+void check_tokens(const Checker& check, const AppendArguments& a, const Tensor& t,
+                  const char* name) {
   bool equal = t.dim() == a.k.dim();
   for (int64_t i = 0; equal && i < t.dim() - 2; ++i) equal = t.size(i) == a.k.size(i);
   check.require(equal, name, "must have k's tokens, k is ", shape_of(a.k), ", got shape ",
                 shape_of(t));
 }
 
-void check_caches(const Checker& check, const Arguments& a) {
+void check_caches(const Checker& check, const AppendArguments& a) {
   const char* names = a.block_table ? "[num_pages, page_size, num_heads_kv, head_dim]"
                                     : "[batch, seqlen, num_heads_kv, head_dim]";
   for (const auto& [cache, name] : {std::pair(&a.k_cache, "k_cache"), {&a.v_cache, "v_cache"}}) {
@@ -135,7 +127,7 @@ void check_caches(const Checker& check, const Arguments& a) {
                 "must have pages of at least one token, got shape ", shape_of(a.k_cache));
 }
 
-void check_shapes(const Checker& check, const Arguments& a) {
+void check_shapes(const Checker& check, const AppendArguments& a) {
   check_caches(check, a);
   check_new_rows(check, a, a.k, "k");
   check_new_rows(check, a, a.v, "v");
@@ -175,7 +167,7 @@ void check_shapes(const Checker& check, const Arguments& a) {
                 "must have fewer than 2^31 numbers a token, got shape ", shape_of(a.k));
 }
 
-void check_rope(const Checker& check, const Arguments& a) {
+void check_rope(const Checker& check, const AppendArguments& a) {
   if (!a.cos) return;
   const int64_t head_dim = a.k.size(a.k.dim() - 1);
   check.require(a.cos->dim() == 2, "cos", "must be [max_position, rotary_dim / 2], got shape ",
@@ -197,7 +189,9 @@ void check_no_overlap(const Checker& check, const Tensor& t, const char* name) {
   }
 }
 
-void check_arguments(const Checker& check, const Arguments& a) {
+}  // namespace
+
+void check_append_arguments(const Checker& check, const AppendArguments& a) {
   check_devices(check, a);
   check_dtypes(check, a);
   check_shapes(check, a);
@@ -206,9 +200,11 @@ void check_arguments(const Checker& check, const Arguments& a) {
   check.scale(a.v_scale, "v_scale", a.k_cache, batch_of(a));
   check_no_overlap(check, a.k_cache, "k_cache");
   check_no_overlap(check, a.v_cache, "v_cache");
-  if (a.q) check_no_overlap(check, *a.q, "q");
+  if (a.q && !a.keeps_q) check_no_overlap(check, *a.q, "q");
   check_context_parallel(check, a.cp);
 }
+
+namespace {
 
 // --- Parameters ----------------------------------------------------------------------------------
 
@@ -221,7 +217,7 @@ Rows cache_rows(const Tensor& t) {
 
 // [B, Sn, heads, dim], [B, heads, dim], or [total, heads, dim] with cu_seqlens. `data` apart, for
 // only q is written to.
-Rows new_rows(const Arguments& a, const Tensor& t, const void* data) {
+Rows new_rows(const AppendArguments& a, const Tensor& t, const void* data) {
   const int64_t dims = t.dim();
   Rows rows{const_cast<void*>(data), 0, 0, stride_of(t, dims - 2), stride_of(t, dims - 1)};
   if (a.cu_seqlens) {
@@ -237,7 +233,9 @@ RopeTable make_table(const Tensor& t) {
   return {t.const_data_ptr(), stride_of(t, 0), stride_of(t, 1)};
 }
 
-AppendParams make_params(const Arguments& a) {
+}  // namespace
+
+AppendParams make_append_params(const AppendArguments& a) {
   AppendParams p{};
   const int64_t dims = a.k.dim();
   p.element_type = element_type_of(a.k);
@@ -277,7 +275,8 @@ AppendParams make_params(const Arguments& a) {
   p.v_scale = make_scales(a.v_scale);
   if (a.cos && a.cos->size(1) > 0) {
     p.num_heads_q = static_cast<int>(a.q->size(dims - 2));
-    p.q = new_rows(a, *a.q, a.q->mutable_data_ptr());
+    p.q = new_rows(a, *a.q, a.keeps_q ? a.q->const_data_ptr() : a.q->mutable_data_ptr());
+    p.q_out = p.q;
     p.rope.num_pairs = static_cast<int>(a.cos->size(1));
     p.rope.interleaved = a.interleaved;
     p.rope.max_position = static_cast<int>(a.cos->size(0));
@@ -290,18 +289,13 @@ AppendParams make_params(const Arguments& a) {
 
 // --- Running -------------------------------------------------------------------------------------
 
-void run_cpu(const Checker& check, const AppendParams& p) {
-  if (value_checks_wanted()) {
-    check_append_values(check, p, [](const int32_t* values, int64_t stride, int n) {
-      std::vector<int32_t> copy(n);
-      for (int i = 0; i < n; ++i) copy[i] = values[i * stride];
-      return copy;
-    });
-  }
+void run_append_cpu(const AppendParams& p) {
   const int64_t token_work =
       int64_t{p.num_heads_q + p.num_heads_kv} * p.head_dim + int64_t{p.num_heads_kv} * p.head_dim_v;
   append_cpu(p, torch_parallel_for(std::max<int64_t>(1, 32768 / token_work)));
 }
+
+namespace {
 
 #ifdef LEANATTN_WITH_CUDA
 void run_cuda(const Checker& check, const AppendParams& p, int device) {
@@ -316,11 +310,14 @@ void run_cuda(const Checker& check, const AppendParams& p, int device) {
 }
 #endif
 
-void run(const Checker& check, const Arguments& a) {
-  check_arguments(check, a);
-  const AppendParams params = make_params(a);
+void run(const Checker& check, const AppendArguments& a) {
+  check_append_arguments(check, a);
+  const AppendParams params = make_append_params(a);
   if (params.num_tokens == 0) return;
-  if (a.k.is_cpu()) return run_cpu(check, params);
+  if (a.k.is_cpu()) {
+    if (value_checks_wanted()) check_append_values(check, params, read_from_host);
+    return run_append_cpu(params);
+  }
 #ifdef LEANATTN_WITH_CUDA
   run_cuda(check, params, a.k.get_device_index());
 #endif

@@ -14,6 +14,8 @@ struct ContextParallel {
   int64_t world_size, rank, interleave;
 };
 
+constexpr ContextParallel kOneRank{1, 0, 1};
+
 inline void check_context_parallel(const Checker& check, const ContextParallel& cp) {
   check.require(cp.world_size >= 1 && cp.world_size <= kMaxInt, "cp_world_size",
                 "must be from 1 to 2^31 - 1, got ", cp.world_size);

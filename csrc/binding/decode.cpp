@@ -7,8 +7,9 @@
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "append.h"
+#include "append_value_checks.h"
 #include "cpu/decode_cpu.h"
-#include "decode_check.h"
 #include "decode_params.h"
 #include "new_tensor.h"
 #include "plan/plan_decode.h"
@@ -18,6 +19,7 @@
 #include "torch_parallel_for.h"
 #include "value_checks.h"
 #ifdef LEANATTN_WITH_CUDA
+#include "cuda/append.h"
 #include "cuda/counters.h"
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
@@ -72,15 +74,61 @@ Workspace make_workspace(const Checker& check, const DecodeArguments& a, DecodeP
 
 // --- Running -------------------------------------------------------------------------------------
 
-void run_cpu(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
+// What an append in front of a decode leaves for it: how many tokens each sequence has then, and q
+// rotated.
+struct Appended {
+  std::optional<Tensor> memory;
+  AppendParams append;
+};
+
+// q's rows one behind the other.
+Rows rows_of_q(const AppendParams& append, void* memory) {
+  const int64_t row = int64_t{append.num_heads_q} * append.head_dim;
+  return {memory, append.cu_seqlens ? 0 : append.seqlen_new * row, row, append.head_dim, 1};
+}
+
+Appended make_appended(const DecodeArguments& a, const AppendParams& append, DecodeParams& p) {
+  Appended appended{std::nullopt, append};
+  const int64_t row = int64_t{append.num_heads_q} * append.head_dim;  // of q; 0 without RoPE
+  const int64_t q_bytes = ceil_div<int64_t>(append.num_tokens * row * a.q.element_size(), 16) * 16;
+  const int64_t bytes = q_bytes + append.batch * int64_t{sizeof(int32_t)};
+  appended.memory = empty_beside(a.q, {bytes}, ScalarType::Byte);
+  char* const memory = static_cast<char*>(appended.memory->mutable_data_ptr());
+  appended.append.attended_lengths = reinterpret_cast<int32_t*>(memory + q_bytes);
+  p.problem.cache_seqlens = appended.append.attended_lengths;
+  p.problem.cache_seqlens_stride = 1;
+  if (row == 0) return appended;
+  appended.append.q_out = rows_of_q(append, memory);
+  p.q = memory;
+  p.q_batch_stride = appended.append.q_out.batch_stride;
+  p.q_seq_stride = appended.append.q_out.seq_stride;
+  p.q_head_stride = append.head_dim;
+  p.q_dim_stride = 1;
+  return appended;
+}
+
+void check_values(const Checker& check, const DecodeArguments& a, const DecodeParams& p,
+                  const AppendParams* append, const ReadValues& read) {
+  if (append) check_append_values(check, *append, read);
+  check_decode_values(check, p, a.max_seqlen_q, append, read);
+}
+
+void run_cpu(const Checker& check, const DecodeArguments& a, DecodeParams& p,
+             const AppendParams* append) {
   plan_decode_on_cpu(p, static_cast<int>(torch::stable::get_num_threads()));
   const Workspace workspace = make_workspace(check, a, p);
-  check_values(check, p, a.max_seqlen_q);
+  if (value_checks_wanted()) check_values(check, a, p, append, read_from_host);
+  std::optional<Appended> appended;
+  if (append) {
+    appended = make_appended(a, *append, p);
+    run_append_cpu(appended->append);
+  }
   decode_cpu(p, torch_parallel_for(1));
 }
 
 #ifdef LEANATTN_WITH_CUDA
-void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
+void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p,
+              const AppendParams* append) {
   const int device = a.q.get_device_index();
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_cuda_stream(device);
@@ -89,24 +137,37 @@ void run_cuda(const Checker& check, const DecodeArguments& a, DecodeParams& p) {
     p.counters = own_counters(num_counters(p), device, stream);
   }
   const Workspace workspace = make_workspace(check, a, p);
-  if (value_checks_wanted()) check_values_on_device(check, p, a.max_seqlen_q, stream);
+  if (value_checks_wanted() && !is_capturing(stream)) {
+    check_values(check, a, p, append, [&](const int32_t* values, int64_t stride, int n) {
+      return copy_to_host(values, stride, n, stream);
+    });
+  }
+  std::optional<Appended> appended;
+  if (append) {
+    if (launch_append_decode(p, *append, num_counters(p), workspace.has_counters, device, stream)) {
+      return;
+    }
+    appended = make_appended(a, *append, p);
+    launch_append(appended->append, stream);
+  }
   launch_decode(p, num_counters(p), workspace.has_counters, device, stream);
 }
 #endif
 
 void run_as_they_are(const Checker& check, const DecodeArguments& a, const Tensor& out,
-                     const OptionalTensor& lse) {
+                     const OptionalTensor& lse, const AppendParams* append) {
   DecodeParams params = make_params(a, out, lse);
   try {
-    if (a.q.is_cpu()) return run_cpu(check, a, params);
+    if (a.q.is_cpu()) return run_cpu(check, a, params, append);
 #ifdef LEANATTN_WITH_CUDA
-    run_cuda(check, a, params);
+    run_cuda(check, a, params, append);
 #endif
   } catch (const PlanError& error) {
     check.require(false, error.argument(), error.text());
   }
 }
 
+#ifdef LEANATTN_WITH_CUDA
 // With q and out in rows of whole 16 bytes.
 void run_padded(const Checker& check, DecodeArguments a, Tensor out, const OptionalTensor& lse) {
   const auto padding = [](int64_t head_dim) { return (8 - head_dim % 8) % 8; };
@@ -117,16 +178,33 @@ void run_padded(const Checker& check, DecodeArguments a, Tensor out, const Optio
   std::vector<int64_t> shape(out.sizes().begin(), out.sizes().end());
   shape.back() += padding(head_dim_v);
   Tensor whole_rows = empty_beside(a.q, shape, out.scalar_type());
-  run_as_they_are(check, a, whole_rows, lse);
+  run_as_they_are(check, a, whole_rows, lse, nullptr);
   torch::stable::copy_(out, torch::stable::narrow(whole_rows, last, 0, head_dim_v));
 }
 
-void run(const Checker& check, const DecodeArguments& a, const Tensor& out,
-         const OptionalTensor& lse) {
-  if (out.numel() == 0) return;
-  if (needs_padding(a)) return run_padded(check, a, out, lse);
-  run_as_they_are(check, a, out, lse);
+// The append by a launch of its own; what is left to decode.
+DecodeArguments append_first(const Checker& check, DecodeArguments a, AppendParams append) {
+  const int device = a.q.get_device_index();
+  const DeviceGuard guard(device);
+  const cudaStream_t stream = current_cuda_stream(device);
+  if (value_checks_wanted() && !is_capturing(stream)) {
+    check_append_values(check, append, [&](const int32_t* values, int64_t stride, int n) {
+      return copy_to_host(values, stride, n, stream);
+    });
+  }
+  const Tensor lengths = empty_beside(a.q, {append.batch}, ScalarType::Int);
+  append.attended_lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
+  a.cache_seqlens = lengths;
+  if (append.num_heads_q > 0) {
+    const Tensor rotated =
+        empty_beside(a.q, {a.q.sizes().begin(), a.q.sizes().end()}, a.q.scalar_type());
+    append.q_out = rows_of_q(append, rotated.mutable_data_ptr());
+    a.q = rotated;
+  }
+  launch_append(append, stream);
+  return a;
 }
+#endif
 
 Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, ScalarType type) {
   std::vector<int64_t> shape(a.q.sizes().begin(), a.q.sizes().end());
@@ -138,6 +216,19 @@ Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, 
   return empty_beside(a.q, shape, type);
 }
 
+}  // namespace
+
+void run_decode(const Checker& check, const DecodeArguments& a, const Tensor& out,
+                const OptionalTensor& lse, const AppendParams* append) {
+  if (out.numel() == 0) return;
+#ifdef LEANATTN_WITH_CUDA
+  if (needs_padding(a)) {
+    return run_padded(check, append ? append_first(check, a, *append) : a, out, lse);
+  }
+#endif
+  run_as_they_are(check, a, out, lse, append);
+}
+
 Tensor make_out(const DecodeArguments& a) {
   return empty_like_query(a, a.v_cache.size(3), true, a.q.scalar_type());
 }
@@ -146,14 +237,12 @@ Tensor make_lse(const DecodeArguments& a) {
   return empty_like_query(a, 0, false, ScalarType::Float);
 }
 
-}  // namespace
-
 Tensor decode(LEANATTN_DECODE_ARGUMENTS) {
   const Checker check("decode");
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
-  run(check, arguments, out, std::nullopt);
+  run_decode(check, arguments, out, std::nullopt);
   return out;
 }
 
@@ -163,7 +252,7 @@ std::tuple<Tensor, Tensor> decode_with_lse(LEANATTN_DECODE_ARGUMENTS) {
   check_arguments(check, arguments);
   const Tensor out = make_out(arguments);
   const Tensor lse = make_lse(arguments);
-  run(check, arguments, out, lse);
+  run_decode(check, arguments, out, lse);
   return {out, lse};
 }
 
@@ -172,7 +261,7 @@ void decode_out(LEANATTN_DECODE_ARGUMENTS, Tensor out) {
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   check_arguments(check, arguments);
   check_out(check, arguments, out, std::nullopt);
-  run(check, arguments, out, std::nullopt);
+  run_decode(check, arguments, out, std::nullopt);
 }
 
 void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
@@ -180,7 +269,7 @@ void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse) {
   const DecodeArguments arguments = LEANATTN_PACK_ARGUMENTS;
   check_arguments(check, arguments);
   check_out(check, arguments, out, lse);
-  run(check, arguments, out, lse);
+  run_decode(check, arguments, out, lse);
 }
 
 void decode_check(LEANATTN_DECODE_ARGUMENTS, OptionalTensor out) {

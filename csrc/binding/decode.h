@@ -5,7 +5,8 @@
 #include <optional>
 #include <tuple>
 
-#include "check.h"
+#include "core/append_params.h"
+#include "decode_check.h"
 
 namespace leanattn {
 
@@ -25,5 +26,14 @@ void decode_with_lse_out(LEANATTN_DECODE_ARGUMENTS, Tensor out, Tensor lse);
 
 // Only the checks: throws what the others would throw before a launch.
 void decode_check(LEANATTN_DECODE_ARGUMENTS, OptionalTensor out);
+
+// What these ops share with append_decode, from arguments that have been checked to a launch.
+// `append`: of the new tokens that are to be appended first, or null; a.cache_seqlens are the lengths
+// before that.
+void run_decode(const Checker& check, const DecodeArguments& a, const Tensor& out,
+                const OptionalTensor& lse, const AppendParams* append = nullptr);
+
+Tensor make_out(const DecodeArguments& a);
+Tensor make_lse(const DecodeArguments& a);
 
 }  // namespace leanattn

@@ -4,15 +4,18 @@
 #include <vector>
 
 #include "plan/knobs.h"
-#ifdef LEANATTN_WITH_CUDA
-#include "cuda/launch.h"
-#endif
 
 namespace leanattn {
 
 bool value_checks_wanted() {
   const std::string_view value = knob("LEANATTN_CHECK");
   return !value.empty() && value != "0";
+}
+
+std::vector<int32_t> read_from_host(const int32_t* values, int64_t stride, int n) {
+  std::vector<int32_t> copy(n);
+  for (int i = 0; i < n; ++i) copy[i] = values[i * stride];
+  return copy;
 }
 
 namespace {
@@ -44,9 +47,8 @@ KeyRange sequence_keys(const Problem& p, const Sequence& s) {
   return {first.begin, max_of(first.begin, last.end)};
 }
 
-// The entries of the block table that are read. `read(values, stride, n)` gives n of them.
-template <class Read>
-void check_pages(const Checker& check, const DecodeParams& params, Read read) {
+// The entries of the block table that are read.
+void check_pages(const Checker& check, const DecodeParams& params, const ReadValues& read) {
   const Problem& p = params.problem;
   int query_begin = first_query_row(p);
   for (int seq = 0; params.block_table && seq < p.batch; ++seq) {
@@ -69,42 +71,28 @@ void check_pages(const Checker& check, const DecodeParams& params, Read read) {
 
 }  // namespace
 
-void check_values(const Checker& check, const DecodeParams& params,
-                  std::optional<int64_t> max_seqlen_q) {
-  if (!value_checks_wanted()) return;
-  check_lengths(check, params.problem, max_seqlen_q);
-  check_pages(check, params, [](const int32_t* values, int64_t stride, int n) {
-    std::vector<int32_t> read(n);
-    for (int i = 0; i < n; ++i) read[i] = values[i * stride];
-    return read;
-  });
-}
-
-#ifdef LEANATTN_WITH_CUDA
-void check_values_on_device(const Checker& check, const DecodeParams& params,
-                            std::optional<int64_t> max_seqlen_q, cudaStream_t stream) {
-  if (is_capturing(stream)) return;
+void check_decode_values(const Checker& check, const DecodeParams& params,
+                         std::optional<int64_t> max_seqlen_q, const AppendParams* append,
+                         const ReadValues& read) {
   const Problem& problem = params.problem;
   DecodeParams params_on_host = params;
   Problem& on_host = params_on_host.problem;
   std::vector<int32_t> lengths, queries;
   if (problem.cache_seqlens) {
-    lengths =
-        copy_to_host(problem.cache_seqlens, problem.cache_seqlens_stride, problem.batch, stream);
+    lengths = read(problem.cache_seqlens, problem.cache_seqlens_stride, problem.batch);
     on_host.cache_seqlens = lengths.data();
     on_host.cache_seqlens_stride = 1;
   }
   if (problem.cu_seqlens_q) {
-    queries =
-        copy_to_host(problem.cu_seqlens_q, problem.cu_seqlens_q_stride, problem.batch + 1, stream);
+    queries = read(problem.cu_seqlens_q, problem.cu_seqlens_q_stride, problem.batch + 1);
     on_host.cu_seqlens_q = queries.data();
     on_host.cu_seqlens_q_stride = 1;
   }
+  for (int seq = 0; append && seq < problem.batch; ++seq) {
+    lengths[seq] += append->cu_seqlens ? queries[seq + 1] - queries[seq] : int{append->seqlen_new};
+  }
   check_lengths(check, on_host, max_seqlen_q);
-  check_pages(check, params_on_host, [&](const int32_t* values, int64_t stride, int n) {
-    return copy_to_host(values, stride, n, stream);
-  });
+  check_pages(check, params_on_host, read);
 }
-#endif
 
 }  // namespace leanattn

@@ -4,26 +4,28 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <vector>
 
 #include "check.h"
-#include "core/params.h"
-#ifdef LEANATTN_WITH_CUDA
-#include <cuda_runtime.h>
-#endif
+#include "core/append_params.h"
 
 namespace leanattn {
 
 bool value_checks_wanted();
 
-// With host pointers in the problem and to the block table; does nothing unless wanted.
-void check_values(const Checker& check, const DecodeParams& params,
-                  std::optional<int64_t> max_seqlen_q);
+// Brings n values, `stride` apart, to the host.
+using ReadValues =
+    std::function<std::vector<int32_t>(const int32_t* values, int64_t stride, int n)>;
 
-#ifdef LEANATTN_WITH_CUDA
-// Copies lengths and page ids to the host first.
-void check_values_on_device(const Checker& check, const DecodeParams& params,
-                            std::optional<int64_t> max_seqlen_q, cudaStream_t stream);
-#endif
+// Where they are there.
+std::vector<int32_t> read_from_host(const int32_t* values, int64_t stride, int n);
+
+// Of a decode. `append`: whose new tokens it sees, or null; the lengths are those before it then, and it
+// has been checked.
+void check_decode_values(const Checker& check, const DecodeParams& params,
+                         std::optional<int64_t> max_seqlen_q, const AppendParams* append,
+                         const ReadValues& read);
 
 }  // namespace leanattn

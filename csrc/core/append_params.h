@@ -33,6 +33,17 @@ struct Rope {
 };
 
 struct AppendParams {
+  // First, and together: what a decode that appends needs of this. It finds its parameters cold in memory.
+  Rope rope;
+  // With cu_seqlens, [1, total, ...] with batch stride 0.
+  Rows k;        // [B, Sn, Hkv, D]
+  Rows v;        // [B, Sn, Hkv, Dv]
+  Rows k_cache;  // [B, S, Hkv, D], or paged [num_pages, page_size, Hkv, D]
+  Rows v_cache;  // the same with Dv
+  Rows q;        // [B, Sn, Hq, D]
+  Rows q_out;    // where it goes when it is rotated: q itself, or apart from it
+  Scales k_scale, v_scale;
+
   ElementType element_type;  // of q, k and v
   CacheType cache_type;      // of both caches
   int batch;
@@ -54,14 +65,15 @@ struct AppendParams {
   int capacity;  // tokens that a sequence can hold here
   Shard shard;
 
-  // With cu_seqlens, [1, total, ...] with batch stride 0.
-  Rows q;        // [B, Sn, Hq, D], rotated in place
-  Rows k;        // [B, Sn, Hkv, D]
-  Rows v;        // [B, Sn, Hkv, Dv]
-  Rows k_cache;  // [B, S, Hkv, D], or paged [num_pages, page_size, Hkv, D]
-  Rows v_cache;  // the same with Dv
-  Scales k_scale, v_scale;
-  Rope rope;
+  // [B], or null: where to write how many tokens a sequence has afterwards, for each that has new ones.
+  int32_t* attended_lengths;
+
+  LEANATTN_HD bool keeps_q() const { return q_out.data != q.data; }
+};
+
+// A decode that appends on the way: the lengths of its problem are those before the append.
+struct AppendDecodeParams : DecodeParams {
+  AppendParams append;
 };
 
 // A new token: which sequence's, the how manieth of its new ones, and its row in q, k and v.
@@ -92,6 +104,22 @@ LEANATTN_HD int64_t position_of(const AppendParams& p, const NewToken& token) {
   const int length =
       clamp_to(p.cache_seqlens[token.seq * p.cache_seqlens_stride], 0, max_length(p));
   return int64_t{length} + token.index;
+}
+
+// The tokens of a sequence after the append.
+LEANATTN_HD int attended_length(const AppendParams& p, int seq, int new_tokens) {
+  const int length = clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, p.capacity);
+  return static_cast<int>(min_of<int64_t>(int64_t{length} + new_tokens, p.capacity));
+}
+
+// Likewise, where `token` is the first of its sequence's new ones.
+LEANATTN_HD int attended_length(const AppendParams& p, const NewToken& token) {
+  int new_tokens = p.seqlen_new;
+  if (p.cu_seqlens) {
+    const int end = p.cu_seqlens[(token.seq + 1) * p.cu_seqlens_stride];
+    new_tokens = min_of(end, p.num_tokens) - token.row;
+  }
+  return attended_length(p, token.seq, new_tokens);
 }
 
 // Where a new token goes in the caches.

@@ -62,6 +62,8 @@ struct DecodeParams {
   int64_t block_table_batch_stride, block_table_page_stride;
   int num_pages;
   FastDivisor page_size;
+  Scales k_scale, v_scale;
+
   void* out;  // [B, Sq, Hq, Dv]
   int64_t out_batch_stride, out_seq_stride, out_head_stride, out_dim_stride;
   const float* sinks;  // [Hq], or null; beside what else the end of an item needs
@@ -69,7 +71,6 @@ struct DecodeParams {
   float* lse;  // [B, Sq, Hq], or null: not wanted
   int64_t lse_batch_stride, lse_seq_stride, lse_head_stride;
 
-  Scales k_scale, v_scale;
   float softmax_scale;
   float softcap;              // 0: off
   const float* alibi_slopes;  // [B, Hq]

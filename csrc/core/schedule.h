@@ -113,10 +113,16 @@ LEANATTN_HD int max_length(const Problem& p) {
   return p.shard.is_whole() ? p.capacity : p.shard.max_length;
 }
 
-// The sequence `seq`, whose queries begin where those of the one before it end.
-template <bool kPlain = false>
+// The sequence `seq`, whose queries begin where those of the one before it end. kAppends: it has one token
+// more than cache_seqlens says, as far as there is room; that is given then, and capacity not 0.
+template <bool kPlain = false, bool kAppends = false>
 LEANATTN_HD Sequence load_sequence(const Problem& p, int seq, int query_begin) {
   Sequence s;
+  if constexpr (kAppends) {
+    static_assert(kPlain, "of other items positions depend on how many tokens are new");
+    const int length = p.cache_seqlens[seq * p.cache_seqlens_stride];
+    return {clamp_to(length, 0, p.capacity - 1) + 1, 0, 1};
+  }
   const int longest = kPlain ? p.capacity : max_length(p);
   s.length = p.cache_seqlens ? clamp_to(p.cache_seqlens[seq * p.cache_seqlens_stride], 0, longest)
                              : longest;
@@ -162,7 +168,7 @@ LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
 // The keys that the query at `position` sees.
 LEANATTN_HD KeyRange keys_seen_from(const Problem& p, const Sequence& s, int position) {
   const KeyRange tokens = visible_keys(p.mask, s.length, position);
-  return p.shard.is_whole() ? tokens : p.shard.keys_of(tokens);
+  return p.shard.is_whole() ? tokens : keys_of(p.shard, tokens);
 }
 
 LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {

@@ -21,15 +21,16 @@ LEANATTN_HD ItemPlace place_of_item(const Problem& p, int item) {
 }
 
 // The sequence of the first item of the unit's team; of any, where it idles.
-template <bool kPlain = false>
+template <bool kPlain = false, bool kAppends = false>
 LEANATTN_HD Sequence load_team_sequence(const Problem& p, const Layout& layout, int unit) {
   const int item = max_of(first_item_at<kPlain>(p, layout, unit / layout.team_size), 0);
-  return load_sequence<kPlain>(p, place_of_item<kPlain>(p, item).seq, 0);
+  return load_sequence<kPlain, kAppends>(p, place_of_item<kPlain>(p, item).seq, 0);
 }
 
 // Walks the segments of one unit, in line order. Its start reads nothing from memory and computes little:
-// the first copy of a launch waits for it. kPlain: the problem has plain items.
-template <bool kPlain>
+// the first copy of a launch waits for it. kPlain: the problem has plain items;
+// kAppends: load_sequence.
+template <bool kPlain, bool kAppends = false>
 class Walker {
  public:
   // Stream-K: the unit's share of the whole line. `start` is the position of `sequence`, which holds the
@@ -140,7 +141,8 @@ class Walker {
       return;
     }
     number_ += item_step_;
-    prepared_ = load_sequence<kPlain>(problem_, place_of_item<kPlain>(problem_, number_).seq, 0);
+    prepared_ =
+        load_sequence<kPlain, kAppends>(problem_, place_of_item<kPlain>(problem_, number_).seq, 0);
   }
 
   LEANATTN_HD void enter_prepared_item() {
@@ -188,7 +190,7 @@ class Walker {
 
   LEANATTN_HD void enter_next_sequence() {
     position_ = {position_.seq + 1, next_query_begin<kPlain>(problem_, sequence_), sequence_end()};
-    enter_sequence(load_sequence<kPlain>(problem_, position_.seq, position_.query_begin));
+    enter_sequence(load_sequence<kPlain, kAppends>(problem_, position_.seq, position_.query_begin));
   }
 
   LEANATTN_HD void enter_sequence(const Sequence& sequence) {

@@ -69,13 +69,19 @@ class CpuAppend {
   }
 
   void append(const NewToken& token) const {
+    if (p_.attended_lengths && token.index == 0) {
+      p_.attended_lengths[token.seq] = attended_length(p_, token);
+    }
     const int64_t position = position_of(p_, token);
     for (int head = 0; head < p_.num_heads_q; ++head) {
-      Element* q = row_of(p_.q, token, head);
-      const auto store = [&](int dim, float x) {
-        q[dim * p_.q.dim_stride] = static_cast<Element>(x);
-      };
-      rotate_row(q, p_.q.dim_stride, position, store);
+      const Element* q = row_of(p_.q, token, head);
+      Element* to = row_of(p_.q_out, token, head);
+      rotate_row(q, p_.q.dim_stride, position, [&](int dim, float x) {
+        to[dim * p_.q_out.dim_stride] = static_cast<Element>(x);
+      });
+      for (int dim = 2 * p_.rope.num_pairs; p_.keeps_q() && dim < p_.head_dim; ++dim) {
+        to[dim * p_.q_out.dim_stride] = q[dim * p_.q.dim_stride];
+      }
     }
     const CacheSlot slot = find_slot(p_, token.seq, position);
     if (!slot.exists()) return;

@@ -9,7 +9,7 @@
 #include <climits>
 #include <type_traits>
 
-#include "kernel/vector.h"
+#include "kernel/rope.h"
 #include "launch_grid.h"
 
 namespace leanattn {
@@ -85,29 +85,22 @@ struct Pairs {
     float cos[kWidth], sin[kWidth];
     load_table<Element, kWidth>(rope, rope.cos, at, pair, cos);
     load_table<Element, kWidth>(rope, rope.sin, at, pair, sin);
-#pragma unroll
-    for (int m = 0; m < 2 * kWidth; ++m) {
-      rotated[m / kWidth][m % kWidth] = to_float(loaded[m / kWidth].element[m % kWidth]);
-    }
-    if (rope.interleaved) {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const int m = 2 * i;
-        rotate(rotated[m / kWidth][m % kWidth], rotated[(m + 1) / kWidth][(m + 1) % kWidth], cos[i],
-               sin[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) rotate(rotated[0][i], rotated[1][i], cos[i], sin[i]);
-    }
+    rotate_pairs(loaded, rope.interleaved, cos, sin, rotated);
   }
 };
 
+// Chunk `chunk` of a row of q: of its pairs, or behind those of what is not rotated.
 template <class Element, int kWidth>
 __device__ __forceinline__ void rotate_query_chunk(const AppendParams& p, const NewToken& token,
                                                    int head, int chunk) {
-  Element* row = static_cast<Element*>(p.q.data) + row_offset(p.q, token, head);
+  const Element* row = static_cast<const Element*>(p.q.data) + row_offset(p.q, token, head);
+  Element* to = static_cast<Element*>(p.q_out.data) + row_offset(p.q_out, token, head);
   const int pair = chunk * kWidth;
+  if (pair >= p.rope.num_pairs) {
+    const int dim = pair + p.rope.num_pairs;
+    store_strided(to, p.q_out.dim_stride, dim, load_strided<kWidth>(row, p.q.dim_stride, dim));
+    return;
+  }
   Pairs<Element, kWidth> pairs(p.rope, row, p.q.dim_stride, pair);
   pairs.rotate_by(p.rope, position_of(p, token), pair);
 #pragma unroll
@@ -115,7 +108,7 @@ __device__ __forceinline__ void rotate_query_chunk(const AppendParams& p, const 
     Vector<Element, kWidth> result;
 #pragma unroll
     for (int d = 0; d < kWidth; ++d) result.element[d] = from_float<Element>(pairs.rotated[i][d]);
-    store_strided(row, p.q.dim_stride, pairs.dim[i], result);
+    store_strided(to, p.q_out.dim_stride, pairs.dim[i], result);
   }
 }
 
@@ -198,6 +191,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   const NewToken token =
       p.cu_seqlens ? find_ragged_token(p, blockIdx.x) : uniform_token(p, blockIdx.x);
   if (token.seq < 0) return;
+  if (p.attended_lengths && token.index == 0 && threadIdx.x == 0) {
+    p.attended_lengths[token.seq] = attended_length(p, token);
+  }
   const int pair_chunks = p.rope.num_pairs / kWidth;
   for (int i = threadIdx.x; i < chunks.q + chunks.k + chunks.v; i += blockDim.x) {
     if (i < chunks.q) {
@@ -245,7 +241,8 @@ bool is_vectorizable(const AppendParams& p, int64_t cache_size) {
   const bool rope_is =
       rope.num_pairs == 0 ||
       (rope.num_pairs % kVectorWidth == 0 && is_vectorizable(rope.cos, table_size) &&
-       is_vectorizable(rope.sin, table_size) && is_vectorizable(p.q, p.head_dim, kElementSize));
+       is_vectorizable(rope.sin, table_size) && is_vectorizable(p.q, p.head_dim, kElementSize) &&
+       is_vectorizable(p.q_out, p.head_dim, kElementSize));
   return rope_is && is_vectorizable(p.k, p.head_dim, kElementSize) &&
          is_vectorizable(p.v, p.head_dim_v, kElementSize) &&
          is_vectorizable(p.k_cache, p.head_dim, cache_size) &&
@@ -256,12 +253,14 @@ template <class Element, class Cache, int kWidth>
 void launch(const AppendParams& p, cudaStream_t stream) {
   const int pair_chunks = p.rope.num_pairs / kWidth;
   const int k_per_row = p.head_dim / kWidth - pair_chunks;
+  // What is not rotated is copied too, if it is not there already.
+  const int q_per_row = p.keeps_q() ? k_per_row : pair_chunks;
   const int v_per_row = p.head_dim_v / kWidth;
   Chunks chunks;
-  chunks.q_per_row = FastDivisor(max_of(pair_chunks, 1));
+  chunks.q_per_row = FastDivisor(max_of(q_per_row, 1));
   chunks.k_per_row = FastDivisor(k_per_row);
   chunks.v_per_row = FastDivisor(v_per_row);
-  chunks.q = p.num_heads_q * pair_chunks;
+  chunks.q = p.num_heads_q * q_per_row;
   chunks.k = p.num_heads_kv * k_per_row;
   chunks.v = p.num_heads_kv * v_per_row;
   // With cu_seqlens the threads also search it.

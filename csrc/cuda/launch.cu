@@ -9,6 +9,7 @@
 
 #include "host_util.h"
 #include "kernel/traits.h"
+#include "kernel/vector.h"
 #include "plan/knobs.h"
 #include "plan/plan_error.h"
 
@@ -18,8 +19,8 @@ namespace leanattn {
 template <class Traits>
 const KernelSetup& setup_kernel(int device);
 template <class Traits>
-void launch_kernel(const DecodeParams& params, const TensorMaps& maps, bool may_overlap, int device,
-                   cudaStream_t stream);
+void launch_kernel(const typename Traits::Params& params, const TensorMaps& maps, bool may_overlap,
+                   int device, cudaStream_t stream);
 
 void throw_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -212,6 +213,29 @@ void dispatch(const KernelKey& key, Visit visit) {
   return dispatch_head_dim<Float16>(key, visit);
 }
 
+// The same for a kernel that appends on the way; of a key, head_dim, rows, bfloat16 and paged count.
+template <class Visit>
+void dispatch_append(const KernelKey& key, Visit visit) {
+  const auto with = [&]<int kHeadDim, int kRows, bool kBFloat16, bool kPaged>() {
+    if (padded_head_dim(key.head_dim) != kHeadDim || key.rows != kRows) return;
+    if (key.bfloat16 != kBFloat16 || key.paged != kPaged) return;
+    visit.template operator()<
+        DecodeTraits<kHeadDim, kRows, Kind::kMma, Float16, AppendFeatures<kBFloat16, kPaged>>>();
+  };
+  const auto with_rows = [&]<int kHeadDim, bool kBFloat16, bool kPaged>() {
+    with.template operator()<kHeadDim, 8, kBFloat16, kPaged>();
+    with.template operator()<kHeadDim, 16, kBFloat16, kPaged>();
+  };
+  const auto with_head_dims = [&]<bool kBFloat16, bool kPaged>() {
+    with_rows.template operator()<64, kBFloat16, kPaged>();
+    with_rows.template operator()<128, kBFloat16, kPaged>();
+  };
+  with_head_dims.template operator()<true, false>();
+  with_head_dims.template operator()<true, true>();
+  with_head_dims.template operator()<false, false>();
+  with_head_dims.template operator()<false, true>();
+}
+
 // Where the driver took code of sm_90a, which runs on 9.0 alone.
 bool can_use_wgmma(int device) {
   return setup_kernel<DecodeTraits<64, 32, Kind::kWgmma>>(device).num_stages > 0;
@@ -248,7 +272,7 @@ FeatureSet features_of(const DecodeParams& params) {
     throw PlanError("LEANATTN_FEATURES", "must be 'lean', 'masked' or 'all', got '", fewest, "'");
   }
   if (fewest == "all" || params.batch_invariant || params.head_pairs || params.float32_out ||
-      !has_whole_rows(params)) {
+      !params.problem.shard.is_whole() || !has_whole_rows(params)) {
     return FeatureSet::kAll;
   }
   const bool has_plain_scores = params.softcap == 0.0f && !params.alibi_slopes;
@@ -278,17 +302,23 @@ void set_timeline([[maybe_unused]] DecodeParams& params) {
 #endif
 }
 
-}  // namespace
-
-void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
-                   cudaStream_t stream) {
-  // After a memset there is no kernel to overlap with.
-  const bool may_overlap = wants_dependent_launch() && !zero_counters;
+// What comes before the kernel. Returns whether its start may run beside the end of the kernel before.
+bool prepare_launch(DecodeParams& params, int num_counters, bool zero_counters,
+                    cudaStream_t stream) {
+  set_timeline(params);
   if (zero_counters) {
     check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
                "cudaMemsetAsync");
   }
-  set_timeline(params);
+  // After a memset there is no kernel to overlap with.
+  return wants_dependent_launch() && !zero_counters;
+}
+
+}  // namespace
+
+void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
+                   cudaStream_t stream) {
+  const bool may_overlap = prepare_launch(params, num_counters, zero_counters, stream);
   KernelKey key = make_key(params, params.problem.rows_per_item, device);
   const TensorMaps maps =
       device_limits(device).capability >= 90 ? make_tensor_maps(params) : TensorMaps{};
@@ -307,6 +337,56 @@ void launch_decode(DecodeParams params, int num_counters, bool zero_counters, in
   if (is_launched) return;
   key.features = FeatureSet::kAll;
   dispatch(key, launch);
+}
+
+namespace {
+
+// Whether bulk copies and vectors of 8 numbers can move rows.
+bool moves_in_bulk(const Rows& rows, int head_dim) {
+  return is_aligned(rows.data, 16) && (head_dim == 1 || rows.dim_stride == 1) &&
+         rows.batch_stride % 8 == 0 && rows.seq_stride % 8 == 0 && rows.head_stride % 8 == 0;
+}
+
+bool moves_in_bulk(const RopeTable& table, int bytes_of_number) {
+  return is_aligned(table.data, 16) && table.dim_stride == 1 &&
+         table.position_stride * bytes_of_number % 16 == 0;
+}
+
+bool allows_append(const DecodeParams& params, const AppendParams& append) {
+  if (knob_is_second("LEANATTN_LAUNCHES", "1", "2")) return false;
+  if (features_of(params) != FeatureSet::kLean || is_float8(params.cache_type) ||
+      params.problem.capacity == 0) {
+    return false;
+  }
+  const Rope& rope = append.rope;
+  const int number = rope.tables_are_float32 ? 4 : 2;
+  const bool rotates =
+      rope.num_pairs == 0 || (rope.num_pairs % 8 == 0 && moves_in_bulk(rope.cos, number) &&
+                              moves_in_bulk(rope.sin, number));
+  return rotates && moves_in_bulk(append.k, params.head_dim) &&
+         moves_in_bulk(append.v, params.head_dim_v);
+}
+
+}  // namespace
+
+bool launch_append_decode(const DecodeParams& params, const AppendParams& append, int num_counters,
+                          bool zero_counters, int device, cudaStream_t stream) {
+  if (device_limits(device).capability < 90 || !allows_append(params, append)) return false;
+  KernelKey key = make_key(params, params.problem.rows_per_item, device);
+  key.bfloat16 = params.element_type == ElementType::kBFloat16;
+  key.paged = params.block_table != nullptr;
+  bool is_launched = false;
+  dispatch_append(key, [&]<class Traits>() {
+    const KernelSetup& setup = setup_kernel<Traits>(device);
+    if (setup.num_stages == 0 || !setup.has_tma) return;
+    const TensorMaps maps = make_tensor_maps(params);
+    if (!maps.usable) return;
+    AppendDecodeParams both{params, append};
+    const bool may_overlap = prepare_launch(both, num_counters, zero_counters, stream);
+    launch_kernel<Traits>(both, maps, may_overlap, device, stream);
+    is_launched = true;
+  });
+  return is_launched;
 }
 
 int CudaDevice::capability() const { return device_limits(device_).capability; }
@@ -350,7 +430,9 @@ void warm_up(int device) {
           for (const bool bfloat16 : {false, true}) {
             for (const bool paged : {false, true}) {
               for (const FeatureSet features : {FeatureSet::kLean, FeatureSet::kMasked}) {
-                dispatch({float8, head_dim, rows, kind, features, bfloat16, paged}, set_up);
+                const KernelKey key{float8, head_dim, rows, kind, features, bfloat16, paged};
+                dispatch(key, set_up);
+                if (features == FeatureSet::kLean) dispatch_append(key, set_up);
               }
             }
           }

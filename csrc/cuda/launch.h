@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include "core/params.h"
+#include "core/append_params.h"
 #include "plan/device.h"
 
 namespace leanattn {
@@ -43,6 +43,15 @@ class CudaDevice final : public Device {
 // PlanError for a knob.
 void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream);
+
+// Both in one launch: appends, and decodes with what it has appended; params' lengths and q are those
+// before it. False, and nothing is launched, where there is no kernel for that, which depends on nothing
+// that lies on the device: on architectures before sm_90, for more than one new token a sequence or any
+// other decode that is not plain, for head dims beyond 128 and float8, for rows and tables that do not
+// begin on 16-byte boundaries or whose rotation is not of whole vectors of 8 pairs. LEANATTN_LAUNCHES=2
+// keeps it from being used.
+bool launch_append_decode(const DecodeParams& params, const AppendParams& append, int num_counters,
+                          bool zero_counters, int device, cudaStream_t stream);
 
 // Loads and sets up every kernel, which a capture must not do, and which the first call of each
 // would otherwise pay for.

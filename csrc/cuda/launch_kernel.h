@@ -59,8 +59,8 @@ RoomPlan plan_fold(const KernelSetup& setup) {
 
 // One CTA a unit.
 template <class Traits>
-void launch_kernel(const DecodeParams& params, const TensorMaps& maps, bool may_overlap, int device,
-                   cudaStream_t stream) {
+void launch_kernel(const typename Traits::Params& params, const TensorMaps& maps, bool may_overlap,
+                   int device, cudaStream_t stream) {
   const KernelSetup& setup = setup_kernel<Traits>(device);
   const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
   LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
@@ -71,9 +71,9 @@ void launch_kernel(const DecodeParams& params, const TensorMaps& maps, bool may_
 }
 
 // Of DecodeTraits' arguments.
-#define LEANATTN_INSTANTIATE(...)                                                                \
-  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int);                      \
-  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeParams&, const TensorMaps&, \
-                                                         bool, int, cudaStream_t);
+#define LEANATTN_INSTANTIATE(...)                                           \
+  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int); \
+  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(                   \
+      const DecodeTraits<__VA_ARGS__>::Params&, const TensorMaps&, bool, int, cudaStream_t);
 
 }  // namespace leanattn

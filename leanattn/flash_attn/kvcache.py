@@ -8,7 +8,7 @@ import torch
 from leanattn.flash_attn import arguments
 from leanattn.flash_attn.arguments import check_tensors, checked_window, refuse_unknown
 from leanattn.integrations.token_pages import as_token_pages
-from leanattn.ops import append_kv, check_decode, decode, rope_append_kv
+from leanattn.ops import append_decode, append_kv, check_decode, decode, rope_append_kv
 
 
 def flash_attn_with_kvcache(
@@ -50,8 +50,9 @@ def flash_attn_with_kvcache(
     """Append new keys and values to the caches, then attend to them: FlashAttention's interface.
 
     Signature, order and meaning of the arguments are those of flash_attn 2.x; FlashAttention-3's
-    are by name. Two launches (append, decode), one addition of lengths between them, no host
-    synchronisation; q is copied once where it is rotated. What differs: a row that sees no key has
+    are by name. One op, append_decode, where q has k's tokens, without cache_leftpad, and rotated
+    at positions of their own; else two (append, decode), an addition of lengths between them, and a
+    copy of q where it is rotated. No host synchronisation. What differs: a row that sees no key has
     lse -inf; caches may have any page size and new tokens that do not fit are dropped.
 
     Args:
@@ -171,6 +172,19 @@ def flash_attn_with_kvcache(
     )
 
     if k is not None:
+        has_own_tokens = _has_own_tokens(q, k, cu_seqlens_q, cu_seqlens_k_new)
+        has_one = cu_seqlens_q is None and q.shape[1] == 1
+        at_own_positions = rotary_cos is None or is_ordered or has_one
+        if has_own_tokens and at_own_positions and cache_leftpad is None:
+            rotary = {}
+            if rotary_cos is not None:
+                rotary = dict(cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved)
+            del options["cu_seqlens_q"]
+            result = append_decode(
+                q, k, v, *attended[:2], cache_seqlens, attended[2], **rotary, **options,
+                cu_seqlens=cu_seqlens_q, return_lse=return_softmax_lse,
+            )  # fmt: skip
+            return _with_lse(result, return_softmax_lse)
         # What decode would refuse must not have changed the caches.
         check_decode(q, *attended[:2], cache_seqlens, attended[2], **options)
         where = (k_cache, v_cache, cache_seqlens, block_table)
@@ -179,10 +193,7 @@ def flash_attn_with_kvcache(
             append_kv(k, v, *where, **stored)
         else:
             rotary = dict(cos=rotary_cos, sin=rotary_sin, interleaved=rotary_interleaved)
-            has_own_tokens = cu_seqlens_q is not None or (
-                cu_seqlens_k_new is None and q.shape[1] == k.shape[1]
-            )
-            if has_own_tokens and (is_ordered or q.shape[1] == 1):
+            if has_own_tokens and at_own_positions:
                 q = q.clone()
                 rope_append_kv(q, k, v, *where, **rotary, **stored)
             else:
@@ -197,7 +208,12 @@ def flash_attn_with_kvcache(
     result = decode(
         q, *attended[:2], cache_seqlens, attended[2], **options, return_lse=return_softmax_lse
     )
-    if not return_softmax_lse:
+    return _with_lse(result, return_softmax_lse)
+
+
+def _with_lse(result, has_lse):
+    """`decode`'s result, its lse as `[B, Hq, Sq]`."""
+    if not has_lse:
         return result
     out, lse = result
     return out, lse.transpose(-1, -2).contiguous()
@@ -249,12 +265,22 @@ def _check_shapes(q, k_cache, v_cache, k, v, cu_seqlens_q, cu_seqlens_k_new):
         _refuse("cu_seqlens_k_new", "goes with k and v only, got k None")
 
 
-def _check_ragged_rotation(cu_seqlens_q, cu_seqlens_k_new, is_ordered):
-    """q is rotated along with k then, token by token."""
-    is_same = cu_seqlens_k_new is not None and (
+def _are_same(cu_seqlens_q, cu_seqlens_k_new):
+    return cu_seqlens_k_new is not None and (
         cu_seqlens_k_new is cu_seqlens_q or cu_seqlens_k_new.data_ptr() == cu_seqlens_q.data_ptr()
     )
-    if not (is_same and is_ordered):
+
+
+def _has_own_tokens(q, k, cu_seqlens_q, cu_seqlens_k_new):
+    """Whether q's tokens are those of k, as far as the host can tell."""
+    if cu_seqlens_q is None:
+        return cu_seqlens_k_new is None and q.shape[1] == k.shape[1]
+    return _are_same(cu_seqlens_q, cu_seqlens_k_new) and len(q) == len(k)
+
+
+def _check_ragged_rotation(cu_seqlens_q, cu_seqlens_k_new, is_ordered):
+    """q is rotated along with k then, token by token."""
+    if not (_are_same(cu_seqlens_q, cu_seqlens_k_new) and is_ordered):
         _refuse(
             "rotary_cos",
             "is not supported with cu_seqlens_q, unless that is cu_seqlens_k_new, too, and causal "

@@ -1,9 +1,9 @@
 // The kernel, in the order in which things happen. One CTA is one unit: its producer finds its share and
 // copies it, segment by segment, and its consumers compute it.
 // Reading order: in core/ schedule.h, segment_walker.h, softmax_state.h, head_pairs.h; here traits.h,
-// locate.h, ring.h, task_queue.h, loaders.h, loaders_paged.h, produce.h, empty_rows.h, scoring.h,
-// cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, output.h, fixup.h,
-// cluster_fixup.h, tree_fixup.h.
+// locate.h, ring.h, rope.h, new_row.h, task_queue.h, loaders.h, loaders_paged.h, produce.h, empty_rows.h,
+// scoring.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, output.h,
+// fixup.h, cluster_fixup.h, tree_fixup.h.
 //
 // The start is short on purpose. In a model its code and parameters come cold from memory, a line at a
 // time, and all wait for the producer: so it copies the unit's first K, q and V before it does anything else.
@@ -63,6 +63,9 @@ __device__ __forceinline__ const typename Traits::Task* next_task(const DecodePa
       TaskQueue<Traits>::narrow_queries(params, *task);
       sync_consumers<Traits>();  // every row is narrow
     }
+  }
+  if constexpr (Traits::kAppends) {
+    if (task) rotate_rows<Traits>(params, *task);
   }
   return task;
 }
@@ -270,18 +273,21 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     fetch_descriptors(maps);
     ptx::wait_for_previous_kernel();
   }
-  if (warp == Traits::kHelperWarp) write_empty_rows<Traits>(params);
+  // With a token of its own every row sees a key.
+  if constexpr (!Traits::kAppends) {
+    if (warp == Traits::kHelperWarp) write_empty_rows<Traits>(params);
+  }
   ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
 }
 
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
-    decode_kernel(const __grid_constant__ DecodeParams params,
+    decode_kernel(const __grid_constant__ typename Traits::Params params,
                   const __grid_constant__ TensorMaps maps, RoomPlan room) {
   if constexpr (has_code<Traits>()) {
     decode_share<Traits>(params, maps, room);
   } else {
-    __trap();  // never launched: make_key()
+    __trap();  // never launched: make_key(), KernelSetup::has_tma
   }
 }
 

@@ -7,15 +7,24 @@
 
 namespace leanattn {
 
+template <class Element>
+__device__ __forceinline__ void clear_row(const DecodeParams& params, int64_t offset) {
+  constexpr int kWidth = 16 / sizeof(Element);
+  Element* out = static_cast<Element*>(params.out) + offset;
+  for (int dim = threadIdx.x % 32 * kWidth; dim < out_head_dim(params); dim += 32 * kWidth) {
+    *reinterpret_cast<uint4*>(out + dim) = uint4{};
+  }
+}
+
 // One row of out, by a warp.
 template <class Traits>
 __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int seq, int q_row,
                                                 int head, float lse) {
-  const int element_bytes = Traits::Features::kFloat32Out && params.float32_out ? 4 : 2;
-  char* out = static_cast<char*>(params.out) + out_offset(params, seq, q_row, head) * element_bytes;
-  const int bytes = out_head_dim(params) * element_bytes;
-  for (int at = threadIdx.x % 32 * 16; at < bytes; at += 32 * 16) {
-    *reinterpret_cast<uint4*>(out + at) = uint4{};
+  const int64_t offset = out_offset(params, seq, q_row, head);
+  if (Traits::Features::kFloat32Out && params.float32_out) {
+    clear_row<float>(params, offset);
+  } else {
+    clear_row<Float16>(params, offset);
   }
   if (threadIdx.x % 32 == 0 && params.lse) params.lse[lse_offset(params, seq, q_row, head)] = lse;
 }
@@ -61,7 +70,7 @@ __device__ __forceinline__ int largest_offset(const Problem& problem, int last) 
 template <class Traits>
 __device__ __forceinline__ void write_empty_rows(const DecodeParams& params) {
   constexpr bool kPlain = Traits::kPlainItems;
-  const Problem& problem = params.problem;
+  const Problem problem = problem_of<Traits>(params);
   const bool has_offsets = !kPlain && problem.cu_seqlens_q;
   const int lane = threadIdx.x % 32;
   const int stripe = (problem.batch - 1) / static_cast<int>(gridDim.x) + 1;

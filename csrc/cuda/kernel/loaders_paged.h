@@ -5,6 +5,7 @@
 #pragma once
 
 #include "loaders.h"
+#include "locate.h"
 
 namespace leanattn {
 
@@ -17,9 +18,9 @@ class PageQueue {
   // `walker`: of the share's start. A whole tile as `part` is for pages of 8 tokens or more alone.
   // `first_alone`: the first tile does not wait until those of all slots have been asked for; for copies
   // that are not counted among these.
-  __device__ __forceinline__ PageQueue(const DecodeParams& params,
-                                       const Walker<Traits::kPlainItems>& walker, KeyRange part,
-                                       bool first_alone, Slot (&slots_smem)[Traits::kPageSlots])
+  __device__ __forceinline__ PageQueue(const DecodeParams& params, const WalkerOf<Traits>& walker,
+                                       KeyRange part, bool first_alone,
+                                       Slot (&slots_smem)[Traits::kPageSlots])
       : params_(params),
         walker_(walker),
         part_(part),
@@ -88,7 +89,7 @@ class PageQueue {
   }
 
   const DecodeParams& params_;
-  Walker<Traits::kPlainItems> walker_;
+  WalkerOf<Traits> walker_;
   KeyRange part_;
   Slot (&slots_smem_)[Traits::kPageSlots];
   Segment segment_;  // of the tile to fetch for

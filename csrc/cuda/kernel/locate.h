@@ -10,6 +10,9 @@
 
 namespace leanattn {
 
+template <class Traits>
+using WalkerOf = Walker<Traits::kPlainItems, Traits::kAppends>;
+
 constexpr int kWarpStripe = 8;
 constexpr int kWarpSequences = 32 * kWarpStripe;
 
@@ -116,12 +119,13 @@ template <class Traits, int kStripe, class Group, class Meanwhile>
 __device__ __forceinline__ Place locate_among(const DecodeParams& params, int unit,
                                               const Group& group, const Meanwhile& meanwhile) {
   constexpr bool kPlain = Traits::kPlainItems;
-  const Problem& problem = params.problem;
+  const Problem problem = problem_of<Traits>(params);
   const Layout& layout = params.layout;
   Place place;
   place.in_teams = has_teams(layout);
   // Asked for with all the others, whatever comes of them.
-  if (place.in_teams) place.sequence = load_team_sequence<kPlain>(problem, layout, unit);
+  if (place.in_teams)
+    place.sequence = load_team_sequence<kPlain, Traits::kAppends>(problem, layout, unit);
   const int stripe = kStripe == 1 ? 1 : (problem.batch - 1) / Group::kThreads + 1;
   const int first = min_of(group.index() * stripe, problem.batch);
   const int last = min_of(first + stripe, problem.batch);
@@ -132,7 +136,7 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
 #pragma unroll
     for (int i = 0; i < kStripe; ++i) {
       const int seq = min_of(first + i, problem.batch - 1);
-      lengths[i] = load_sequence<kPlain>(problem, seq, 0).length;
+      lengths[i] = load_sequence<kPlain, Traits::kAppends>(problem, seq, 0).length;
     }
   }
   meanwhile();
@@ -145,7 +149,8 @@ __device__ __forceinline__ Place locate_among(const DecodeParams& params, int un
     } else {
 #pragma unroll 1
       for (int seq = first; seq < last; ++seq) {
-        const Sequence sequence = load_sequence<kPlain>(problem, seq, query_begin);
+        const Sequence sequence =
+            load_sequence<kPlain, Traits::kAppends>(problem, seq, query_begin);
         if (visit(seq, sequence)) break;
         query_begin = next_query_begin<kPlain>(problem, sequence);
       }
@@ -216,22 +221,22 @@ LEANATTN_OUT_OF_LINE void locate_by_all(const DecodeParams& params,
 
 // By a warp: the walk of the unit's share. meanwhile(): what there is to do on the way to memory.
 template <class Traits, class Meanwhile>
-__device__ __forceinline__ Walker<Traits::kPlainItems> locate(
-    const DecodeParams& params, int unit, const typename Traits::SharedStorage& smem,
-    const Meanwhile& meanwhile) {
+__device__ __forceinline__ WalkerOf<Traits> locate(const DecodeParams& params, int unit,
+                                                   const typename Traits::SharedStorage& smem,
+                                                   const Meanwhile& meanwhile) {
   constexpr bool kPlain = Traits::kPlainItems;
-  const Problem& problem = params.problem;
+  const Problem problem = problem_of<Traits>(params);
   Place place;
   if (has_teams_for_sure(params)) {
     place.in_teams = true;
-    place.sequence = load_team_sequence<kPlain>(problem, params.layout, unit);
+    place.sequence = load_team_sequence<kPlain, Traits::kAppends>(problem, params.layout, unit);
     meanwhile();
   } else if (params.is_uniform) {
     meanwhile();
     place.in_teams = false;
     place.shares = params.uniform.shares;
     place.start = params.uniform.start(unit);
-    place.sequence = load_sequence<kPlain>(problem, 0, 0);
+    place.sequence = load_sequence<kPlain, Traits::kAppends>(problem, 0, 0);
   } else if (needs_all_threads(params)) {
     place = smem.place;
     meanwhile();
@@ -241,9 +246,9 @@ __device__ __forceinline__ Walker<Traits::kPlainItems> locate(
     place = locate_among<Traits, kWarpStripe>(params, unit, WarpGroup{}, meanwhile);
   }
   if (place.in_teams) {
-    return Walker<kPlain>(problem, params.layout, unit, place.sequence, params.uniform);
+    return WalkerOf<Traits>(problem, params.layout, unit, place.sequence, params.uniform);
   }
-  return Walker<kPlain>(problem, place.shares, unit, place.start, place.sequence, params.uniform);
+  return WalkerOf<Traits>(problem, place.shares, unit, place.start, place.sequence, params.uniform);
 }
 
 }  // namespace leanattn

@@ -5,6 +5,7 @@
 
 #include "cache_fragments.h"
 #include "depth_split.h"
+#include "new_row.h"
 #include "ring.h"
 #include "scoring.h"
 
@@ -89,6 +90,7 @@ class MainLoop {
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
                                       int tile_end, Ring<Traits>& ring, WarpState<Traits>& state) {
     const Segment& segment = task.segment;
+    if constexpr (Traits::kAppends) new_row_ = NewRowOverlay<Traits>(params_, task);
     segment_ = &segment;
     scoring_.begin(segment);
     q_smem_ = task.q;
@@ -122,7 +124,8 @@ class MainLoop {
       const KeyRange any = segment.keys.any;
       // Subtracted, since token + kSliceTokens may be 2^31.
       const bool nothing = token >= any.end || any.begin - token >= Traits::kSliceTokens;
-      const bool clear = scoring_.scaled_only() && is_seen_by_all(token);
+      // Over a slice that is clear no new row is laid, so that the code for it is there once.
+      const bool clear = scoring_.scaled_only() && is_seen_by_all(token) && !has_new_row(token);
       if (nothing) {
         // A warp with nothing to do still follows the ring: its arrival must not count for an
         // earlier round.
@@ -155,6 +158,9 @@ class MainLoop {
   __device__ __forceinline__ void step(int token, Ring<Traits>& ring, WarpState<Traits>& state) {
     Scores scores;
     ring.wait_full();
+    if constexpr (!kClear && Traits::kAppends) {
+      if (has_new_row(token)) new_row_.lay(true, ring.stage_smem());
+    }
     multiply_keys(ring.stage_smem(), scores);
     if (!values_in_keys<Traits>(params_)) {
       ring.release();
@@ -166,9 +172,18 @@ class MainLoop {
     softmax<kClear>(token, scores, state, probabilities);
 
     if (!values_in_keys<Traits>(params_)) ring.wait_full();
+    if constexpr (!kClear && Traits::kAppends) {
+      if (has_new_row(token)) new_row_.lay(false, ring.stage_smem());
+    }
     multiply_values<kClear>(ring.stage_smem(), token, probabilities, state);
     ring.release();
     ring.advance();
+  }
+
+  // Whether a new row is to be laid over this warp's slice, which starts at `token`.
+  __device__ __forceinline__ bool has_new_row(int token) const {
+    if constexpr (Traits::kAppends) return new_row_.is_in_slice(token);
+    return false;
   }
 
   // B fragments of q for two depth steps: Q^T [32 of D, 8 rows].
@@ -420,6 +435,7 @@ class MainLoop {
   const WarpPlace<Traits>& place_;
   const uint8_t* q_smem_;  // [kRows, kQueryPitch]
   const Segment* segment_;
+  [[no_unique_address]] NewRowOf<Traits> new_row_;
   int position_[kRowSteps][2];  // of this lane's rows
   bool half_[kRowSteps][2];     // of a pair of heads: theirs
   float factor_[kRowSteps][2];  // with float8 caches: of their products

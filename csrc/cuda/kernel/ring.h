@@ -8,6 +8,11 @@
 
 namespace leanattn {
 
+template <class Traits>
+__device__ __forceinline__ void sync_consumers() {
+  ptx::bar_sync(kConsumerBarrier, Traits::kConsumerThreads);
+}
+
 struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;

@@ -2,7 +2,7 @@
 // mask. Shared by the main loops, which differ in what elements a lane holds.
 #pragma once
 
-#include "core/params.h"
+#include "traits.h"
 
 namespace leanattn {
 
@@ -23,7 +23,7 @@ class Scoring {
 
   __device__ __forceinline__ KeyRange keys_of(int position) const {
     if constexpr (Traits::kPlainItems) return segment_->keys.any;
-    return keys_seen_from(params_.problem, segment_->sequence, position);
+    return keys_seen_from(problem_of<Traits>(params_), segment_->sequence, position);
   }
 
   // Whether a score is only the scaled product, wherever the key is seen.
@@ -48,16 +48,12 @@ class Scoring {
         slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
                                      head * params_.alibi_head_stride];
       }
-      const auto finished = [&](float dot, int key, int token) {
+      const Shard shard = problem_of<Traits>(params_).shard;
+      visit([&](float dot, int key) {
+        const int token = shard.is_whole() ? key : shard.token_of(key);
         const float score = score_log2(params_, dot, slope, abs(position - token));
         return keys.contains(key) ? score : kNegativeInfinity;
-      };
-      const Shard& shard = params_.problem.shard;
-      if (shard.is_whole()) {
-        visit([&](float dot, int key) { return finished(dot, key, key); });
-      } else {
-        visit([&](float dot, int key) { return finished(dot, key, shard.token_of(key)); });
-      }
+      });
     }
   }
 

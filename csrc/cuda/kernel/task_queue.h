@@ -9,6 +9,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "mma.h"
+#include "new_row.h"
 #include "ring.h"
 #include "vector.h"
 
@@ -34,6 +35,12 @@ class TaskQueue {
     Task& task = wait_for_room();
     const int rows = item_rows<kPlainItems>(params.problem, segment.sequence, segment.row_block);
     if (bulk_copies_) {
+      if constexpr (Traits::kAppends) {
+        new_position_ = new_position(params, segment.seq);
+        if (cute::elect_one_sync()) {
+          copy_new_row<Traits>(params, segment, new_position_, task.new_row, full_barrier());
+        }
+      }
       copy_rows(params, segment, rows, task.q);
     } else {
       copy_chunks(params, segment, rows, task.q);
@@ -49,6 +56,7 @@ class TaskQueue {
       Task& task = smem_.tasks[position_.stage];
       task.segment = segment;
       task.num_rows = item_rows<kPlainItems>(params.problem, segment.sequence, segment.row_block);
+      if constexpr (Traits::kAppends) task.new_row.position = new_position_;
       if (!segment.is_whole()) {
         task.partial_slot = own_slot(shares, segment, blockIdx.x);
         CutSegment& cut = smem_.cuts[num_cuts_];
@@ -67,6 +75,8 @@ class TaskQueue {
     if (!bulk_copies_) {
       cute::cp_async_wait<0>();  // nothing is promised of the copies of a thread that has exited
       ptx::mbarrier_arrive(full_barrier());
+    } else if constexpr (Traits::kAppends && Traits::Features::kPaged) {
+      if (cute::elect_one_sync()) ptx::mbarrier_arrive(full_barrier());
     }
     __syncwarp();  // whichever lane wrote the cuts
     if (cute::elect_one_sync()) {
@@ -138,9 +148,10 @@ class TaskQueue {
   __device__ __forceinline__ void init(int begin, int end) const {
 #pragma unroll
     for (int task = begin; task < end; ++task) {
-      // One lane when the task is written, and by cp.async every lane when its part of q has landed; bulk
-      // copies are counted in bytes.
-      ptx::mbarrier_init(&smem_.task_full[task], bulk_copies_ ? 1 : 32 + 1);
+      // One lane when the task is written, and by cp.async every lane when its part of q has landed, or
+      // one when a new row's page id has; bulk copies are counted in bytes.
+      constexpr int kBulkArrivals = Traits::kAppends && Traits::Features::kPaged ? 2 : 1;
+      ptx::mbarrier_init(&smem_.task_full[task], bulk_copies_ ? kBulkArrivals : 32 + 1);
       ptx::mbarrier_init(&smem_.task_empty[task], Traits::kConsumerWarps);
     }
   }
@@ -243,6 +254,7 @@ class TaskQueue {
   SharedStorage& smem_;
   bool bulk_copies_;
   int num_cuts_ = 0;
+  int new_position_ = 0;  // of kAppends: of the segment's new token
   RingPosition position_;
 };
 

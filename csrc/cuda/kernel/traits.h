@@ -29,6 +29,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "core/append_params.h"
 #include "core/head_pairs.h"
 #include "core/host_device.h"
 
@@ -77,7 +78,9 @@ struct AllFeatures {
   static constexpr bool kPlainItems = false;    // no others: schedule.h
   static constexpr bool kScaledScores = false;  // no softcap, no ALiBi
   static constexpr bool kFloat32Out = true;     // beside an out of q's dtype
-  static constexpr bool kFixedLoader = false;   // the architecture's fastest, and no other
+  static constexpr bool kShards = true;  // caches that have a rank's part of the tokens: shard.h
+  static constexpr bool kFixedLoader = false;  // the architecture's fastest, and no other
+  static constexpr bool kAppends = false;      // nor new rows, nor RoPE: new_row.h
   // Of those that differ by a run-time parameter, here none is left out:
   static constexpr bool kPaged = true, kContiguous = true;  // caches
   static constexpr bool kFloat16 = true, kBFloat16 = true;  // q and out
@@ -90,7 +93,9 @@ struct LeanFeatures {
   static constexpr bool kPlainItems = true;
   static constexpr bool kScaledScores = true;
   static constexpr bool kFloat32Out = false;
+  static constexpr bool kShards = false;
   static constexpr bool kFixedLoader = true;
+  static constexpr bool kAppends = false;
   static constexpr bool kPaged = kIsPaged, kContiguous = !kIsPaged;
   static constexpr bool kFloat16 = !kIsBFloat16, kBFloat16 = kIsBFloat16;
   static constexpr bool kE5M2 = false;
@@ -103,11 +108,19 @@ struct MaskedFeatures : LeanFeatures<true, kIsPaged> {
   static constexpr bool kScaledScores = false;
 };
 
+// The same with one new token a sequence, which it appends on the way.
+template <bool kIsBFloat16, bool kIsPaged>
+struct AppendFeatures : LeanFeatures<kIsBFloat16, kIsPaged> {
+  static constexpr bool kAppends = true;
+};
+
 template <int kHeadDim_, int kRows_, Kind kKind, class CacheElement_ = Float16,
           class Features_ = AllFeatures>
 struct DecodeTraits {
   using Features = Features_;
   static constexpr bool kPlainItems = Features::kPlainItems;
+  static constexpr bool kAppends = Features::kAppends;
+  using Params = std::conditional_t<kAppends, AppendDecodeParams, DecodeParams>;
   using CacheElement = CacheElement_;  // of K and V in memory: Float16 or Float8
   static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
   static_assert(!kFloat8 || kKind != Kind::kWgmma, "wgmma reads the caches as they are");
@@ -147,6 +160,7 @@ struct DecodeTraits {
   static constexpr int kDimSteps = kWarpDim / 16;
   static constexpr int kDepthSteps = kHeadDim / 16;
   static_assert(kTokenSteps >= 1, "a warp's slice holds at least one 16-token step");
+  static_assert(!kAppends || kSlices == kConsumerWarps, "a new row is for one warp to lay");
 
   // Of mma: whether the warps of a slice share out D. A warp's part is whole pairs of depth steps, and
   // may have one pair less than this.
@@ -209,11 +223,23 @@ struct DecodeTraits {
   // rows' chunks lie in different banks.
   static constexpr int kQueryPitch = kHeadDim * 2 + (kWgmma ? 0 : 16);
 
+  // Of the new row, and of the rotation of q, as they lie in memory.
+  struct NewRow {
+    alignas(16) uint8_t k[kHeadDim * 2];
+    alignas(16) uint8_t v[kHeadDimV * 2];
+    alignas(16) uint8_t cos[kHeadDim / 2 * sizeof(float)];
+    alignas(16) uint8_t sin[kHeadDim / 2 * sizeof(float)];
+    int32_t page;  // in which it goes, any number
+    int position;  // of the sequence: the capacity where there is no room for it
+  };
+  struct NoNewRow {};
+
   // What the producer tells the consumers of one segment.
   struct Task {
     alignas(kWgmma ? 1024 : 16) uint8_t q[kQueryRows * kQueryPitch];
     // By which each row's products are to be multiplied.
     [[no_unique_address]] std::conditional_t<kFloat8, float[kRows], Nothing> q_factors;
+    [[no_unique_address]] std::conditional_t<kAppends, NewRow, NoNewRow> new_row;
     Segment segment;
     int num_rows;          // 0: no more tasks
     int64_t partial_slot;  // where the segment does not hold its whole item
@@ -303,12 +329,20 @@ constexpr bool has_code() {
 #if defined(LEANATTN_EMULATED_ARCH)
   return true;  // tests ask for either
 #else
+  if (Traits::kAppends && LEANATTN_ARCH < 900) return false;  // that is by bulk copies
   if (Traits::kWgmma) return LEANATTN_HAS_WGMMA;
   const bool has_choice = Traits::kRows >= kFewestWgmmaRows && !Traits::kFloat8;
   return !LEANATTN_HAS_WGMMA || !has_choice;
 #endif
 }
 
+// The same, for what core/ does about shards: it knows no features, and is compiled away by this.
+template <class Traits>
+__device__ __forceinline__ Problem problem_of(const DecodeParams& params) {
+  Problem problem = params.problem;
+  if constexpr (!Traits::Features::kShards) problem.shard = {};
+  return problem;
+}
 // Whether copies are by the engine for bulk tensor copies.
 template <class Traits, class TensorMaps>
 __device__ __forceinline__ bool uses_tma(const TensorMaps& maps) {

@@ -7,11 +7,6 @@
 
 namespace leanattn {
 
-template <class Traits>
-__device__ __forceinline__ void sync_consumers() {
-  ptx::bar_sync(kConsumerBarrier, Traits::kConsumerThreads);
-}
-
 // Puts 8 rows of the warp's row group, its step n, into merge_*; but for rows that the item does not
 // have, which nobody reads.
 template <class Traits>

@@ -1,0 +1,14 @@
+#include "cuda/launch_kernel.h"
+
+namespace leanattn {
+
+LEANATTN_INSTANTIATE(128, 8, Kind::kMma, Float16, AppendFeatures<true, false>)
+LEANATTN_INSTANTIATE(128, 16, Kind::kMma, Float16, AppendFeatures<true, false>)
+LEANATTN_INSTANTIATE(128, 8, Kind::kMma, Float16, AppendFeatures<true, true>)
+LEANATTN_INSTANTIATE(128, 16, Kind::kMma, Float16, AppendFeatures<true, true>)
+LEANATTN_INSTANTIATE(128, 8, Kind::kMma, Float16, AppendFeatures<false, false>)
+LEANATTN_INSTANTIATE(128, 16, Kind::kMma, Float16, AppendFeatures<false, false>)
+LEANATTN_INSTANTIATE(128, 8, Kind::kMma, Float16, AppendFeatures<false, true>)
+LEANATTN_INSTANTIATE(128, 16, Kind::kMma, Float16, AppendFeatures<false, true>)
+
+}  // namespace leanattn
