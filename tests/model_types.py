@@ -52,12 +52,13 @@ WIDTHS = dict.fromkeys(
 ) | dict(
     qk_rope_head_dim=8, kv_lora_rank=16, q_lora_rank=16, index_n_heads=2, index_topk=6,
     n_routed_experts=4, num_experts=4, num_local_experts=4, moe_num_experts=4, n_group=1,
-    topk_group=1, num_experts_per_tok=2, moe_topk=2, moe_k=2, top_k_experts=2,
+    topk_group=1, num_experts_per_tok=2, num_experts_per_token=2, moe_topk=2, moe_k=2,
+    top_k_experts=2, n_shared_experts=1, num_expert_group=1,
     mamba_d_head=16, mamba_n_heads=8, mamba_d_ssm=128, mamba_d_state=8, mamba_n_groups=1,
     mamba_chunk_size=8, ssm_state_size=8, mamba_num_heads=8, mamba_head_dim=16, chunk_size=8,
     linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
     linear_value_head_dim=16, query_pre_attn_scalar=16, hidden_size_per_layer_input=8,
-    rotary_dim=8, time_step_rank=8, attention_chunk_size=8,
+    rotary_dim=8, time_step_rank=8, encoder_hash_byte_group_vocab=100, attention_chunk_size=8,
 )  # fmt: skip
 LAYERS = dict.fromkeys(
     ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
@@ -75,12 +76,15 @@ TEXT = dict(
 LISTS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 # What stands for nothing by default, and is nothing that a model can be without.
-NEEDED = ("num_experts_per_tok", "n_group", "topk_group")
+NEEDED = ("num_experts_per_tok", "n_group", "topk_group", "n_routed_experts", "n_shared_experts")
 # What else a type needs before it is a model.
 MORE = {
     "chameleon": dict(vocabulary_map={"<image>": 5}),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
                  ffn_config=dict(ffn_hidden_size=96, moe_num_experts=4, moe_top_k=2)),
+    "glm5_next": dict(index_kpool=2),
+    "hunyuan_v1_dense": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+    "hunyuan_v1_moe": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
 }  # fmt: skip
 
 # Some models take their head dim, or tables of positions, from what else they have.
@@ -122,24 +126,31 @@ def _options(config, sizes):
     options = {
         key: sizes[key]
         for key, value in vars(config).items()
-        if key in sizes and (value is not None or key.endswith("token_id"))
+        if key in sizes
+        and (value is not None or key.endswith("token_id") or key in NEEDED)
+        and not isinstance(value, (list, tuple, dict))
     }
     if "kv_lora_rank" in options:  # latent attention: no groups, the head dim is the rotated part's
         options.pop("head_dim", None)
         options.pop("num_key_value_heads", None)
         options["num_key_value_heads"] = options.get("num_attention_heads", 4)
-    options |= {key: sizes[key] for key in NEEDED if key in vars(config) and key in sizes}
     rope = getattr(config, "rope_parameters", None) or {}
     nested = any(isinstance(value, dict) for value in rope.values())
-    if not nested and "mrope_section" in (
-        *rope,
-        *getattr(config, "ignore_keys_at_rope_validation", ()),
+    if (
+        rope
+        and not nested
+        and "mrope_section"
+        in (
+            *rope,
+            *getattr(config, "ignore_keys_at_rope_validation", ()),
+        )
     ):
         rotated = int(8 * rope.get("partial_rotary_factor", 1.0))  # pairs of a head dim of 16
-        options["rope_parameters"] = {
-            **rope,
-            "mrope_section": [rotated - 2 * (3 * rotated // 8)] + 2 * [3 * rotated // 8],
-        }
+        sections = rope.get("mrope_section", [16, 24, 24])
+        sections = [n * rotated // sum(sections) for n in sections]
+        rest = rotated - sum(sections)
+        sections = [n + (i < rest) for i, n in enumerate(sections)]
+        options["rope_parameters"] = {**rope, "mrope_section": sections}
     for key in config.sub_configs:
         part = getattr(config, key, None)
         if part is not None:
@@ -255,7 +266,9 @@ def inputs_of(model):
 
 
 def _tensors(output):
-    """All floating tensors in what a model returned."""
+    """All floating tensors in what a model returned, but for caches, whose padding may differ."""
+    if isinstance(output, transformers.Cache):
+        return []
     if isinstance(output, torch.Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, dict):

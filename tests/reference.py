@@ -224,7 +224,10 @@ def assert_close(out, lse, **case):
     yardstick = torch.where(yardstick.isfinite() & expected.isfinite(), yardstick, truth)
     magnitude = truth.abs().amax(-1, keepdim=True)
     wide = wide - torch.where(magnitude == 0, 0, (wide - truth).clamp(-FLUSHED, FLUSHED))
-    limit = 2 * (yardstick - truth).abs().amax(-1, keepdim=True) + 2 * ulp(magnitude, out.dtype)
+    # Of a few numbers the largest error says little: then of all heads of a row.
+    of_row = (-2, -1) if out.shape[-1] < 8 else -1
+    errors = (yardstick - truth).abs().amax(of_row, keepdim=True)
+    limit = 2 * errors + 2 * ulp(magnitude, out.dtype)
     if out.dtype == torch.float32:
         # Of the whole batch, as the rule is stated: row by row it asks for more than fp32 gives to
         # outputs that sinks or distances have made tiny.

@@ -75,6 +75,8 @@ def main():
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    for name in ("llama", "bart", "vit"):
+        try_type(name)  # what all types import, so that not each process imports it anew
     outcomes = []
     if options.resume and options.resume.exists():
         lines = options.resume.read_text().splitlines()

@@ -13,7 +13,7 @@ STEPS_BY_THE_OP = [
     "llama", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "deepseek_v3", "falcon_h1", "lfm2",
     "bart", "gpt2", "opt", "phi",
 ]  # fmt: skip
-NO_STEPS = ["bert", "doge", "vit"]
+NO_STEPS = ["bert", "doge", "t5gemma2", "vit"]
 REFUSED = ["bloom", "falcon", "gptj", "blip_text_model", "mamba"]
 
 

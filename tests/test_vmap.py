@@ -67,8 +67,8 @@ def paged(q, k, lengths, table):
 
 CASES = {
     "all": (with_lse, (Q, K, V, LENGTHS), None),
-    "other dimensions": (with_lse, (Q.movedim(0, 3), K.movedim(0, 1), V.movedim(0, 4), LENGTHS.T),
-                         (3, 1, 4, 1)),
+    "other dimensions": (with_lse, (Q.movedim(0, 3), K.movedim(0, 1), V.movedim(0, 3), LENGTHS.T),
+                         (3, 1, 3, 1)),
     "one cache": (with_lse, (Q, K[0], V[0], LENGTHS), (0, None, None, 0)),
     "k alone": (with_lse, (Q[0], K, V[0], LENGTHS[0]), (None, 0, None, None)),
     "lengths alone": (with_lse, (Q[0], K[0], V[0], LENGTHS), (None, None, None, 0)),

@@ -214,8 +214,8 @@ void check_out(const Checker& check, const DecodeArguments& a, const Tensor& out
   check.same_device(out, "out", a.q);
   const ScalarType type = out.scalar_type();
   check.require(type == a.q.scalar_type() || type == ScalarType::Float, "out",
-                "must be q's dtype, ", toString(a.q.scalar_type()), ", or Float, got ",
-                toString(type));
+                "must be q's dtype, ", name_of(a.q.scalar_type()), ", or float32, got ",
+                name_of(type));
   check_shape(out, "out", "q's with v_cache's head dim");
   if (out.is_cuda() && !needs_padding(a)) check.cuda_layout(out, "out", kRowGrain);
   if (!lse) return;

@@ -43,6 +43,15 @@
 
 namespace leanattn {
 
+// x, of which the compiler then knows nothing. It makes two of every loop, and of much else, around a
+// condition that stays as it is throughout a kernel; around one of this it does not.
+LEANATTN_HD int opaque(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mov.b32 %0, %0;" : "+r"(x));
+#endif
+  return x;
+}
+
 template <class T>
 LEANATTN_HD constexpr T min_of(T a, T b) {
   return b < a ? b : a;

@@ -18,7 +18,7 @@ struct Shard {
   int first_token;         // rI
   int max_length;          // of a sequence, on all ranks together
 
-  LEANATTN_HD bool is_whole() const { return int{period} == int{interleave}; }
+  LEANATTN_HD bool is_whole() const { return opaque(period) == int{interleave}; }
 
   // How many of the tokens [0, end) are here.
   LEANATTN_HD int keys_before(int end) const {

@@ -57,7 +57,7 @@ _LAYER_TYPES = {
 
 
 # Models that change the mask that they were given before they hand it on.
-_MASK_EDITORS = {"doge"}
+_MASK_EDITORS = {"doge", "t5gemma2_decoder"}
 
 # By which models tell an attention function of keys to leave out, or of sinks, and not by the mask.
 _UNKNOWN_ARGUMENTS = ("indices", "block_indices", "sinks")

@@ -409,6 +409,13 @@ class MainLoop {
       for (int offset = 0; offset < 16; ++offset) {  // the token after the last may be 2^31
         const int key = token + i * 16 + offset;
         if (!segment_->keys.any.contains(key)) continue;
+        bool sees[kRowSteps][2];
+#pragma unroll
+        for (int n = 0; n < kRowSteps; ++n) {
+          for (int c = 0; c < 2; ++c) {
+            sees[n][c] = scoring_.keys_of(position_[n][c]).contains(key);
+          }
+        }
 #pragma unroll
         for (int j = 0; j < kDimSteps; ++j) {
           uint32_t a[4];
@@ -419,8 +426,7 @@ class MainLoop {
             float product[4] = {};
             mma_m16n8k16<Element>(product, a, probabilities[i][n]);
             for (int e = 0; e < 4; ++e) {
-              if (scoring_.keys_of(position_[n][e % 2]).contains(key))
-                state.o[j][n][e] += product[e];
+              if (sees[n][e % 2]) state.o[j][n][e] += product[e];
             }
           }
         }

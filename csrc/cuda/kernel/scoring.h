@@ -48,11 +48,18 @@ class Scoring {
         slope = params_.alibi_slopes[segment_->seq * params_.alibi_batch_stride +
                                      head * params_.alibi_head_stride];
       }
+      // ALiBi over several ranks comes after all else, apart: this is the long code.
       const Shard shard = problem_of<Traits>(params_).shard;
+      const float later_slope = shard.is_whole() ? 0.0f : slope;
+      if (later_slope != 0.0f) slope = 0.0f;
       visit([&](float dot, int key) {
-        const int token = shard.is_whole() ? key : shard.token_of(key);
-        const float score = score_log2(params_, dot, slope, abs(position - token));
+        const float score = score_log2(params_, dot, slope, abs(position - key));
         return keys.contains(key) ? score : kNegativeInfinity;
+      });
+      if (later_slope == 0.0f) return;
+      visit([&](float score, int key) {
+        const auto distance = static_cast<float>(abs(position - shard.token_of(key)));
+        return keys.contains(key) ? score - later_slope * distance * kLog2E : kNegativeInfinity;
       });
     }
   }
