@@ -5,11 +5,11 @@ too: `leanattn.explain` says what it says.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
 from leanattn.ops import has_tangent
@@ -70,8 +70,8 @@ def scaled_dot_product_attention(
         return _ops.sdpa_step(query, key, value, is_causal, scale)
     if attn_mask is None:
         return decode_bhsd(query, key, value, is_causal, scale)
-    if isinstance(attn_mask, CausalBias):
-        is_lower_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if _is_causal_bias(attn_mask):
+        is_lower_right = attn_mask.variant.name == "LOWER_RIGHT"
         return decode_bhsd(query, key, value, not is_lower_right, scale, causal=is_lower_right)
     lengths = _prefix_lengths(query, key, attn_mask)
     return decode_bhsd(query, key, value, False, scale, cache_seqlens=lengths)
@@ -221,13 +221,20 @@ def _prefix_lengths(query, key, mask):
     return lengths.int() if is_padding else None
 
 
+def _is_causal_bias(attn_mask):
+    """Whether it is one of torch's own causal masks. Their module, which imports half of torch, is
+    there if there is such a mask."""
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(attn_mask, module.CausalBias)
+
+
 def _needs_mask(query, key, attn_mask):
     """Whether attn_mask is more than the op's own causal masks and lengths can say."""
     if attn_mask is None:
         return False
     if torch.compiler.is_compiling():
         return True
-    if isinstance(attn_mask, CausalBias):
+    if _is_causal_bias(attn_mask):
         return (attn_mask.seq_len_q, attn_mask.seq_len_kv) != (query.shape[2], key.shape[2])
     return _prefix_lengths(query, key, attn_mask) is None
 

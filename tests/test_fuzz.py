@@ -32,13 +32,13 @@ def test_random_cases(first, device):
 def test_the_cases_cover_every_feature(name):
     """A feature that no case has is not tested, whatever the count of cases says."""
     counts = collections.Counter()
-    for index in range(300):
+    for index in range(400):
         case = fuzz_case.draw(0, index, name)
         counts.update(feature for feature, has in fuzz.FEATURES.items() if has(case))
     of_cpu, of_cuda = {"fp32"}, {"forced teams", "forced clusters"}
     expected = set(fuzz.FEATURES) - (of_cpu if name == "cuda" else of_cuda)
     rare = {feature: counts[feature] for feature in expected if counts[feature] < 5}
-    assert not rare, f"fewer than 5 of 300 cases have {rare}"
+    assert not rare, f"fewer than 5 of 400 cases have {rare}"
 
 
 def test_a_case_is_the_same_every_time():

@@ -1,6 +1,5 @@
 """Importing leanattn is enough for transformers and DTensor, and imports neither of them."""
 
-import subprocess
 import sys
 
 import pytest
@@ -44,7 +43,7 @@ print(model.config._attn_implementation)
 """
 
 
-def test_a_plain_import_is_enough():
+def test_a_plain_import_is_enough(run_python):
     pytest.importorskip("transformers", minversion="5.4")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+    done = run_python("-c", PROGRAM)
     assert done.stdout.split() == ["leanattn"], done.stderr

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cache
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import dropout, pad
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -83,6 +82,8 @@ def _by_sdpa(q, k, v, options):
     is_square = q.shape[1] == k.shape[1]
     mask = None
     if options.is_causal and not is_square:
+        from torch.nn.attention.bias import causal_lower_right  # half of torch comes with it
+
         mask = causal_lower_right(q.shape[1], k.shape[1])
     out = sdpa(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, options.dropout_p,

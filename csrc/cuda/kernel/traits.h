@@ -325,7 +325,7 @@ constexpr int kFewestWgmmaRows = 32;
 // Whether a kernel has code for the architecture that is being compiled for: wgmma where that is, and mma
 // for as many rows where it is not.
 template <class Traits>
-constexpr bool has_code() {
+LEANATTN_HD constexpr bool has_code() {
 #if defined(LEANATTN_EMULATED_ARCH)
   return true;  // tests ask for either
 #else
