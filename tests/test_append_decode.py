@@ -82,6 +82,14 @@ def test_options(option, paging, seqlen_new, device):
     assert option in ("batch-invariant", "not-causal") or not same_numbers(out, plain)
 
 
+@pytest.mark.parametrize("paging", ["contiguous", "pages-of-16"])
+@pytest.mark.parametrize("window_left", [0, 100, 300, 999])
+def test_a_window_over_long_caches(window_left, paging, device):
+    """Whose first tiles nobody reads; with sinks, as models have both."""
+    step = make_step(device, torch.float16, **STEPS["long-cache"], **PAGINGS[paging])
+    check(step, window_left=window_left, sinks=torch.randn(step["q"].shape[-2], device=device))
+
+
 @pytest.mark.parametrize("cache_dtype", FP8)
 @pytest.mark.parametrize("scale", [None, "one", "head", "batch"])
 def test_float8_caches(scale, cache_dtype, device):
