@@ -5,7 +5,8 @@ The ops are torch.ops.leanattn.*; the functions here are thin wrappers with docu
 
 import importlib
 
-import leanattn.vmap  # noqa: F401  registers its rule
+import leanattn.autograd  # noqa: F401  these two register
+import leanattn.vmap  # noqa: F401  their rules
 from leanattn.explain import explain
 from leanattn.flash_attn import (
     flash_attn_func,

@@ -129,7 +129,9 @@ def placement(k_cache, block_table=None, *, group, interleave=None):
     """The arguments cp_world_size, cp_rank and cp_interleave of the ops for this rank, a dict."""
     rank = dist.get_rank(group)
     if rank < 0:
-        raise RuntimeError("leanattn.distributed: group must be one that this process belongs to")
+        raise RuntimeError(
+            f"leanattn.distributed: group must be one that this process belongs to, got {group}"
+        )
     if interleave is None:
         pages = 1 if block_table is None else block_table.shape[1]
         interleave = max(k_cache.shape[1] * pages, 1)

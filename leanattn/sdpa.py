@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 import leanattn._C  # noqa: F401  registers torch.ops.leanattn
-from leanattn.ops import has_tangent
+from leanattn.autograd import has_tangent
 
 _ops = torch.ops.leanattn
 _torch_sdpa = torch.nn.functional.scaled_dot_product_attention

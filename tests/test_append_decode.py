@@ -90,6 +90,17 @@ def test_a_window_over_long_caches(window_left, paging, device):
     check(step, window_left=window_left, sinks=torch.randn(step["q"].shape[-2], device=device))
 
 
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("dims", [(20, 20), (100, 36), (64, 30)], ids=str)
+def test_head_dims_in_pieces(dims, rope, device):
+    """On CUDA q is padded for the decode, and rotated in what is padded."""
+    for options in (dict(seqlen_new=1), dict(new_lengths=(3, 0, 4))):
+        step = make_step(device, torch.float16, dims=dims, **options, **ROPES[rope])
+        q = step["q"].clone()
+        check(step)
+        assert torch.equal(step["q"], q)
+
+
 @pytest.mark.parametrize("cache_dtype", FP8)
 @pytest.mark.parametrize("scale", [None, "one", "head", "batch"])
 def test_float8_caches(scale, cache_dtype, device):

@@ -284,7 +284,9 @@ def test_out_of_another_shape(device):
 
 def test_a_knob_that_cannot_be_planned(device, force_units):
     force_units("many")
-    assert_refused_and_nothing_written(clean_step(device), ("LEANATTN_NUM_UNITS",), ("'many'",))
+    for dims in ((64, 64), (36, 36)):
+        step = clean_step(device, dims=dims)
+        assert_refused_and_nothing_written(step, ("LEANATTN_NUM_UNITS",), ("'many'",))
 
 
 def test_latent_values_are_the_keys_first_columns(device):

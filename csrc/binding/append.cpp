@@ -329,20 +329,9 @@ void append_kv(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor cache_
                OptionalTensor block_table, OptionalTensor cu_seqlens, OptionalTensor k_scale,
                OptionalTensor v_scale, int64_t cp_world_size, int64_t cp_rank,
                int64_t cp_interleave) {
-  run(Checker("append_kv"), {std::nullopt,
-                             k,
-                             v,
-                             k_cache,
-                             v_cache,
-                             cache_seqlens,
-                             block_table,
-                             std::nullopt,
-                             std::nullopt,
-                             false,
-                             cu_seqlens,
-                             k_scale,
-                             v_scale,
-                             {cp_world_size, cp_rank, cp_interleave}});
+  const ContextParallel cp{cp_world_size, cp_rank, cp_interleave};
+  run(Checker("append_kv"), {std::nullopt, k, v, k_cache, v_cache, cache_seqlens, block_table,
+                             std::nullopt, std::nullopt, false, cu_seqlens, k_scale, v_scale, cp});
 }
 
 void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache,
@@ -350,20 +339,9 @@ void rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache
                     bool interleaved, OptionalTensor cu_seqlens, OptionalTensor k_scale,
                     OptionalTensor v_scale, int64_t cp_world_size, int64_t cp_rank,
                     int64_t cp_interleave) {
-  run(Checker("rope_append_kv"), {q,
-                                  k,
-                                  v,
-                                  k_cache,
-                                  v_cache,
-                                  cache_seqlens,
-                                  block_table,
-                                  cos,
-                                  sin,
-                                  interleaved,
-                                  cu_seqlens,
-                                  k_scale,
-                                  v_scale,
-                                  {cp_world_size, cp_rank, cp_interleave}});
+  const ContextParallel cp{cp_world_size, cp_rank, cp_interleave};
+  run(Checker("rope_append_kv"), {q, k, v, k_cache, v_cache, cache_seqlens, block_table, cos, sin,
+                                  interleaved, cu_seqlens, k_scale, v_scale, cp});
 }
 
 }  // namespace leanattn

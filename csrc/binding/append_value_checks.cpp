@@ -39,7 +39,7 @@ void check_append_values(const Checker& check, const AppendParams& p, const Read
                   ", less the new tokens, ", added, ", got ", length);
     if (!p.block_table) continue;
     const KeyRange tokens{length, length + added};
-    const KeyRange keys = p.shard.is_whole() ? tokens : keys_of(p.shard, tokens);
+    const KeyRange keys = p.shard.is_whole() ? tokens : p.shard.keys_of(tokens);
     if (!keys.empty()) check_pages(check, p, read, seq, keys.begin, keys.end);
   }
 }

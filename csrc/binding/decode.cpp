@@ -81,16 +81,13 @@ struct Appended {
   AppendParams append;
 };
 
-// q's rows one behind the other.
-Rows rows_of_q(const AppendParams& append, void* memory) {
-  const int64_t row = int64_t{append.num_heads_q} * append.head_dim;
-  return {memory, append.cu_seqlens ? 0 : append.seqlen_new * row, row, append.head_dim, 1};
-}
-
 Appended make_appended(const DecodeArguments& a, const AppendParams& append, DecodeParams& p) {
   Appended appended{std::nullopt, append};
+  // A q with columns of zeros behind D is a copy already, and rotated where it lies.
+  const bool has_copy = p.head_dim != append.head_dim;
   const int64_t row = int64_t{append.num_heads_q} * append.head_dim;  // of q; 0 without RoPE
-  const int64_t q_bytes = ceil_div<int64_t>(append.num_tokens * row * a.q.element_size(), 16) * 16;
+  const int64_t q_numbers = has_copy ? 0 : append.num_tokens * row;
+  const int64_t q_bytes = ceil_div<int64_t>(q_numbers * a.q.element_size(), 16) * 16;
   const int64_t bytes = q_bytes + append.batch * int64_t{sizeof(int32_t)};
   appended.memory = empty_beside(a.q, {bytes}, ScalarType::Byte);
   char* const memory = static_cast<char*>(appended.memory->mutable_data_ptr());
@@ -98,12 +95,16 @@ Appended make_appended(const DecodeArguments& a, const AppendParams& append, Dec
   p.problem.cache_seqlens = appended.append.attended_lengths;
   p.problem.cache_seqlens_stride = 1;
   if (row == 0) return appended;
-  appended.append.q_out = rows_of_q(append, memory);
-  p.q = memory;
-  p.q_batch_stride = appended.append.q_out.batch_stride;
-  p.q_seq_stride = appended.append.q_out.seq_stride;
-  p.q_head_stride = append.head_dim;
-  p.q_dim_stride = 1;
+  if (!has_copy) {
+    p.q = memory;
+    p.q_batch_stride = append.cu_seqlens ? 0 : append.seqlen_new * row;
+    p.q_seq_stride = row;
+    p.q_head_stride = append.head_dim;
+    p.q_dim_stride = 1;
+  }
+  appended.append.q_out = {const_cast<void*>(p.q), p.q_batch_stride, p.q_seq_stride,
+                           p.q_head_stride, p.q_dim_stride};
+  if (has_copy) appended.append.q = appended.append.q_out;
   return appended;
 }
 
@@ -167,9 +168,9 @@ void run_as_they_are(const Checker& check, const DecodeArguments& a, const Tenso
   }
 }
 
-#ifdef LEANATTN_WITH_CUDA
 // With q and out in rows of whole 16 bytes.
-void run_padded(const Checker& check, DecodeArguments a, Tensor out, const OptionalTensor& lse) {
+void run_padded(const Checker& check, DecodeArguments a, Tensor out, const OptionalTensor& lse,
+                const AppendParams* append) {
   const auto padding = [](int64_t head_dim) { return (8 - head_dim % 8) % 8; };
   const int64_t last = out.dim() - 1;
   const int64_t head_dim_v = out.size(last);
@@ -178,33 +179,9 @@ void run_padded(const Checker& check, DecodeArguments a, Tensor out, const Optio
   std::vector<int64_t> shape(out.sizes().begin(), out.sizes().end());
   shape.back() += padding(head_dim_v);
   Tensor whole_rows = empty_beside(a.q, shape, out.scalar_type());
-  run_as_they_are(check, a, whole_rows, lse, nullptr);
+  run_as_they_are(check, a, whole_rows, lse, append);
   torch::stable::copy_(out, torch::stable::narrow(whole_rows, last, 0, head_dim_v));
 }
-
-// The append by a launch of its own; what is left to decode.
-DecodeArguments append_first(const Checker& check, DecodeArguments a, AppendParams append) {
-  const int device = a.q.get_device_index();
-  const DeviceGuard guard(device);
-  const cudaStream_t stream = current_cuda_stream(device);
-  if (value_checks_wanted() && !is_capturing(stream)) {
-    check_append_values(check, append, [&](const int32_t* values, int64_t stride, int n) {
-      return copy_to_host(values, stride, n, stream);
-    });
-  }
-  const Tensor lengths = empty_beside(a.q, {append.batch}, ScalarType::Int);
-  append.attended_lengths = static_cast<int32_t*>(lengths.mutable_data_ptr());
-  a.cache_seqlens = lengths;
-  if (append.num_heads_q > 0) {
-    const Tensor rotated =
-        empty_beside(a.q, {a.q.sizes().begin(), a.q.sizes().end()}, a.q.scalar_type());
-    append.q_out = rows_of_q(append, rotated.mutable_data_ptr());
-    a.q = rotated;
-  }
-  launch_append(append, stream);
-  return a;
-}
-#endif
 
 Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, ScalarType type) {
   std::vector<int64_t> shape(a.q.sizes().begin(), a.q.sizes().end());
@@ -221,11 +198,7 @@ Tensor empty_like_query(const DecodeArguments& a, int64_t last, bool with_last, 
 void run_decode(const Checker& check, const DecodeArguments& a, const Tensor& out,
                 const OptionalTensor& lse, const AppendParams* append) {
   if (out.numel() == 0) return;
-#ifdef LEANATTN_WITH_CUDA
-  if (needs_padding(a)) {
-    return run_padded(check, append ? append_first(check, a, *append) : a, out, lse);
-  }
-#endif
+  if (needs_padding(a)) return run_padded(check, a, out, lse, append);
   run_as_they_are(check, a, out, lse, append);
 }
 

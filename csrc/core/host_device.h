@@ -1,13 +1,10 @@
-// LEANATTN_HD marks functions that the kernels, the CPU implementation and the tests share;
-// LEANATTN_HD_OUT_OF_LINE those of them whose code must not lie in the way of what runs every time.
+// LEANATTN_HD marks functions that the kernels, the CPU implementation and the tests share.
 #pragma once
 
 #if defined(__CUDACC__)
 #define LEANATTN_HD __host__ __device__ __forceinline__
-#define LEANATTN_HD_OUT_OF_LINE inline __host__ __device__ __noinline__
 #else
 #define LEANATTN_HD inline
-#define LEANATTN_HD_OUT_OF_LINE inline
 #endif
 
 // The architecture that kernel code is compiled for, 0 on the host. tests/emulator runs the kernel on a

@@ -168,7 +168,7 @@ LEANATTN_HD int item_rows(const Problem& p, const Sequence& s, int row_block) {
 // The keys that the query at `position` sees.
 LEANATTN_HD KeyRange keys_seen_from(const Problem& p, const Sequence& s, int position) {
   const KeyRange tokens = visible_keys(p.mask, s.length, position);
-  return p.shard.is_whole() ? tokens : keys_of(p.shard, tokens);
+  return p.shard.is_whole() ? tokens : p.shard.keys_of(tokens);
 }
 
 LEANATTN_HD KeyRange row_keys(const Problem& p, const Sequence& s, int row) {

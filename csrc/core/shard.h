@@ -27,6 +27,10 @@ struct Shard {
     return rounds * interleave + clamp_to<int>(rest, 0, interleave);
   }
 
+  LEANATTN_HD KeyRange keys_of(const KeyRange& tokens) const {
+    return {keys_before(tokens.begin), keys_before(tokens.end)};
+  }
+
   LEANATTN_HD bool has(int token) const {
     const int rest = token % period - first_token;
     return 0 <= rest && rest < interleave;
@@ -39,11 +43,6 @@ struct Shard {
     return static_cast<int>(key + rounds * others + first_token);
   }
 };
-
-// By value: a kernel would fetch its own parameters from memory through a reference.
-LEANATTN_HD_OUT_OF_LINE KeyRange keys_of(Shard shard, KeyRange tokens) {
-  return {shard.keys_before(tokens.begin), shard.keys_before(tokens.end)};
-}
 
 // Of `rank` of `ranks` with room for `capacity` tokens each; ranks * interleave < 2^31. The first rank
 // fills up first, so what all can hold ends where that has no more room.

@@ -14,9 +14,14 @@ from vllm.model_executor.layers.attention.mla_attention import (
     QueryLenSupport,
 )
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, MultipleOf
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType
 
-from leanattn.integrations.vllm_attention import NAME, reason_against, uniform_query_len
+from leanattn.integrations.vllm_attention import (
+    NAME,
+    LeanAttentionBackend,
+    reason_against,
+    uniform_query_len,
+)
 
 _FLOAT8 = ("fp8", "fp8_e4m3")  # vLLM views the cache as e4m3 whatever it is
 
@@ -37,9 +42,7 @@ class LeanMLABackend(MLACommonBackend):
     def get_builder_cls():
         return LeanMLAMetadataBuilder
 
-    @staticmethod
-    def get_supported_kernel_block_sizes():
-        return [16, 32, 64, 128, MultipleOf(1)]
+    get_supported_kernel_block_sizes = LeanAttentionBackend.get_supported_kernel_block_sizes
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension=False):
