@@ -83,9 +83,7 @@ struct Appended {
 
 Appended make_appended(const DecodeArguments& a, const AppendParams& append, DecodeParams& p) {
   Appended appended{std::nullopt, append};
-  // A q with columns of zeros behind D is a copy already, and rotated where it lies. Of the tensor: with
-  // pairs of heads p.head_dim is twice D.
-  const bool has_copy = a.q.size(a.q.dim() - 1) != append.head_dim;
+  const bool has_copy = needs_padding(a);  // of q, by run_padded: it is rotated where it lies
   const int64_t row = int64_t{append.num_heads_q} * append.head_dim;  // of q; 0 without RoPE
   const int64_t q_numbers = has_copy ? 0 : append.num_tokens * row;
   const int64_t q_bytes = ceil_div<int64_t>(q_numbers * a.q.element_size(), 16) * 16;

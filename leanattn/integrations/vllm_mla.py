@@ -42,7 +42,9 @@ class LeanMLABackend(MLACommonBackend):
     def get_builder_cls():
         return LeanMLAMetadataBuilder
 
-    get_supported_kernel_block_sizes = LeanAttentionBackend.get_supported_kernel_block_sizes
+    get_supported_kernel_block_sizes = staticmethod(
+        LeanAttentionBackend.get_supported_kernel_block_sizes
+    )
 
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension=False):
