@@ -94,3 +94,16 @@ def test_wrong_includes_are_found(file, include):
 
 def test_every_folder_has_a_readme():
     assert [f for f in LAYERS if f != "." and not (CSRC / f / "README.md").is_file()] == []
+
+
+def test_nvcc_is_not_silenced():
+    """It only warns where code of the GPU calls what is the host's, and then leaves out that call and
+    what depends on it: kernels were wrong which were right when another compiler made them."""
+    sources = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cu"), CSRC.parent / "setup.py"]
+    silenced = [
+        str(path.relative_to(CSRC.parent))
+        for path in sources
+        if "cutlass" not in path.parts
+        and re.search(r"diag[_-]suppress|disable-warnings|nv_diagnostic", path.read_text())
+    ]
+    assert silenced == []

@@ -40,25 +40,6 @@
 
 namespace leanattn {
 
-#if defined(__CUDACC__)
-#pragma nv_diagnostic push
-#pragma nv_diag_suppress 20011  // nvcc takes __builtin_constant_p for a function of the host
-#endif
-
-// x, of which the compiler then knows nothing, unless it is a constant. It makes two of every loop, and of
-// much else, around a condition that stays as it is throughout a kernel; around one of this it does not.
-LEANATTN_HD int opaque(int x) {
-#if defined(__CUDA_ARCH__)
-  if (__builtin_constant_p(x)) return x;
-  asm volatile("mov.b32 %0, %0;" : "+r"(x));
-#endif
-  return x;
-}
-
-#if defined(__CUDACC__)
-#pragma nv_diagnostic pop
-#endif
-
 template <class T>
 LEANATTN_HD constexpr T min_of(T a, T b) {
   return b < a ? b : a;

@@ -15,10 +15,11 @@ namespace leanattn {
 struct Shard {
   FastDivisor interleave;  // I
   FastDivisor period;      // nI
+  int others;              // (n - 1)I: of a period, the tokens that other ranks have
   int first_token;         // rI
   int max_length;          // of a sequence, on all ranks together
 
-  LEANATTN_HD bool is_whole() const { return opaque(period) == int{interleave}; }
+  LEANATTN_HD bool is_whole() const { return others == 0; }
 
   // How many of the tokens [0, end) are here.
   LEANATTN_HD int keys_before(int end) const {
@@ -39,8 +40,7 @@ struct Shard {
   // Unsigned, since a key behind the last one may stand for a token beyond 2^31.
   LEANATTN_HD int token_of(int key) const {
     const uint32_t rounds = key / interleave;
-    const uint32_t others = int{period} - int{interleave};
-    return static_cast<int>(key + rounds * others + first_token);
+    return static_cast<int>(key + rounds * static_cast<uint32_t>(others) + first_token);
   }
 };
 
@@ -49,7 +49,7 @@ struct Shard {
 inline Shard make_shard(int ranks, int rank, int interleave, int capacity) {
   const int64_t whole_rounds = int64_t{capacity / interleave} * ranks * interleave;
   const int64_t max_length = whole_rounds + capacity % interleave;
-  return {interleave, ranks * interleave, rank * interleave,
+  return {interleave, ranks * interleave, (ranks - 1) * interleave, rank * interleave,
           static_cast<int>(min_of<int64_t>(ranks == 1 ? capacity : max_length, INT32_MAX))};
 }
 

@@ -336,11 +336,17 @@ LEANATTN_HD constexpr bool has_code() {
 #endif
 }
 
-// The same, for what core/ does about shards: it knows no features, and is compiled away by this.
+// The call's problem, for what core/ does about shards: it knows no features, and is compiled away by this.
 template <class Traits>
 __device__ __forceinline__ Problem problem_of(const DecodeParams& params) {
   Problem problem = params.problem;
-  if constexpr (!Traits::Features::kShards) problem.shard = {};
+  if constexpr (Traits::Features::kShards) {
+    // Of a condition that stays as it is throughout a kernel the compiler makes two of every loop around it.
+    // It does not where it cannot see that it stays.
+    asm volatile("" : "+r"(problem.shard.others));
+  } else {
+    problem.shard = {};
+  }
   return problem;
 }
 // Whether copies are by the engine for bulk tensor copies.
