@@ -117,10 +117,6 @@ def _cp_async():
     return environment(LEANATTN_LOADER="cp_async")
 
 
-def _dependent_launch():
-    return environment(LEANATTN_PDL="1")
-
-
 # --- torch SDPA -----------------------------------------------------------------------------------
 
 
@@ -444,7 +440,6 @@ IMPLEMENTATIONS = [
     Implementation("leanattn-counters", _leanattn(with_counters=True)),
     Implementation("leanattn-no_lengths", _leanattn(with_lengths=False), is_default=False),
     Implementation("leanattn-cp_async", _leanattn(), _cp_async, is_default=False),
-    Implementation("leanattn-pdl", _leanattn(), _dependent_launch, is_default=False),
     Implementation("leanattn-batch_invariant", _leanattn(batch_invariant=True), is_default=False),
     Implementation("cudnn", _sdpa(), _backend(SDPBackend.CUDNN_ATTENTION)),
     Implementation("cudnn-folded", _sdpa(folded=True), _backend(SDPBackend.CUDNN_ATTENTION)),

@@ -33,7 +33,6 @@ STYLES = {  # implementation -> colour, line, marker
     "leanattn-no_lengths": (_BLUE, "--", "D"),
     "leanattn-cp_async": (_SKY, "--", "v"),
     "leanattn-batch_invariant": (_SKY, ":", "^"),
-    "leanattn-pdl": (_SKY, "-.", "v"),
     "cudnn": (_ORANGE, "-", "s"),
     "cudnn-folded": (_ORANGE, "--", "s"),
     "flash": (_GREEN, "-", "D"),

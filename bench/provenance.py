@@ -18,7 +18,7 @@ import leanattn
 from bench import ROOT, carried
 
 VARIABLES = ("LEANATTN_LOADER", "LEANATTN_FEATURES", "LEANATTN_HEAD_PAIRS", "LEANATTN_LAYOUT",
-             "LEANATTN_NUM_UNITS", "LEANATTN_LAUNCHES", "LEANATTN_PDL", "LEANATTN_CHECK",
+             "LEANATTN_NUM_UNITS", "LEANATTN_LAUNCHES", "LEANATTN_CHECK",
              "CUDA_VISIBLE_DEVICES")  # fmt: skip
 PEER_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12", "flashinfer-python", "flash-attn",
                  "flash-attn-3", "triton")  # fmt: skip

@@ -27,7 +27,7 @@ struct KernelSetup {
 // A launch's configuration and what it points to.
 struct LaunchConfig {
   cudaLaunchConfig_t config{};
-  std::array<cudaLaunchAttribute, 2> attributes{};
+  cudaLaunchAttribute cluster{};
 
   LaunchConfig(const KernelSetup& setup, int grid, int cluster_size, int threads,
                cudaStream_t stream) {
@@ -35,27 +35,15 @@ struct LaunchConfig {
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = setup.shared_memory_bytes;
     config.stream = stream;
-    config.attrs = attributes.data();
     if (cluster_size == 1) return;
-    cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
-    attribute.val.clusterDim.x = cluster_size;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = cluster_size;
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
   }
   LaunchConfig(const LaunchConfig&) = delete;  // it points into itself
-
-  // The launch and the kernel's first steps run beside the end of the kernel before.
-  void overlap_with_previous_kernel() {
-    add(cudaLaunchAttributeProgrammaticStreamSerialization)
-        .val.programmaticStreamSerializationAllowed = 1;
-  }
-
- private:
-  cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
-    cudaLaunchAttribute& attribute = attributes.at(config.numAttrs++);
-    attribute.id = id;
-    return attribute;
-  }
 };
 
 [[noreturn]] void throw_error(const std::string& message);

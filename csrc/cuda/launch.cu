@@ -19,8 +19,8 @@ namespace leanattn {
 template <class Traits>
 const KernelSetup& setup_kernel(int device);
 template <class Traits>
-void launch_kernel(const typename Traits::Params& params, const TensorMaps& maps, bool may_overlap,
-                   int device, cudaStream_t stream);
+void launch_kernel(const typename Traits::Params& params, const TensorMaps& maps, int device,
+                   cudaStream_t stream);
 
 void throw_error(const std::string& message) { throw std::runtime_error(message); }
 
@@ -283,9 +283,6 @@ FeatureSet features_of(const DecodeParams& params) {
   return is_plain && is_usual ? FeatureSet::kLean : FeatureSet::kAll;
 }
 
-// Whether LEANATTN_PDL=1 asks for programmatic dependent launch.
-bool wants_dependent_launch() { return knob_is_second("LEANATTN_PDL", "0", "1"); }
-
 // In a build for measuring: LEANATTN_TIMELINE_MEMORY is the address of uint64 [calls, max_units, kNumMarks],
 // of which each launch takes the next [max_units, kNumMarks].
 void set_timeline([[maybe_unused]] DecodeParams& params) {
@@ -302,23 +299,20 @@ void set_timeline([[maybe_unused]] DecodeParams& params) {
 #endif
 }
 
-// What comes before the kernel. Returns whether its start may run beside the end of the kernel before.
-bool prepare_launch(DecodeParams& params, int num_counters, bool zero_counters,
+// What comes before the kernel.
+void prepare_launch(DecodeParams& params, int num_counters, bool zero_counters,
                     cudaStream_t stream) {
   set_timeline(params);
-  if (zero_counters) {
-    check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
-               "cudaMemsetAsync");
-  }
-  // After a memset there is no kernel to overlap with.
-  return wants_dependent_launch() && !zero_counters;
+  if (!zero_counters) return;
+  check_cuda(cudaMemsetAsync(params.counters, 0, num_counters * sizeof(int32_t), stream),
+             "cudaMemsetAsync");
 }
 
 }  // namespace
 
 void launch_decode(DecodeParams params, int num_counters, bool zero_counters, int device,
                    cudaStream_t stream) {
-  const bool may_overlap = prepare_launch(params, num_counters, zero_counters, stream);
+  prepare_launch(params, num_counters, zero_counters, stream);
   KernelKey key = make_key(params, params.problem.rows_per_item, device);
   const TensorMaps maps =
       device_limits(device).capability >= 90 ? make_tensor_maps(params) : TensorMaps{};
@@ -327,7 +321,7 @@ void launch_decode(DecodeParams params, int num_counters, bool zero_counters, in
     const KernelSetup& setup = setup_kernel<Traits>(device);
     const bool has_loader = !Traits::Features::kFixedLoader || !setup.has_tma || maps.usable;
     if (setup.num_stages == 0 || !has_loader) return;
-    launch_kernel<Traits>(params, setup.has_tma ? maps : TensorMaps{}, may_overlap, device, stream);
+    launch_kernel<Traits>(params, setup.has_tma ? maps : TensorMaps{}, device, stream);
     is_launched = true;
   };
   key.features = features_of(params);
@@ -382,8 +376,8 @@ bool launch_append_decode(const DecodeParams& params, const AppendParams& append
     const TensorMaps maps = make_tensor_maps(params);
     if (!maps.usable) return;
     AppendDecodeParams both{params, append};
-    const bool may_overlap = prepare_launch(both, num_counters, zero_counters, stream);
-    launch_kernel<Traits>(both, maps, may_overlap, device, stream);
+    prepare_launch(both, num_counters, zero_counters, stream);
+    launch_kernel<Traits>(both, maps, device, stream);
     is_launched = true;
   });
   return is_launched;

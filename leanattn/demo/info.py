@@ -17,7 +17,6 @@ _VARIABLES = {
     "LEANATTN_NUM_UNITS": "how many units share the work",
     "LEANATTN_LAYOUT": "stream_k, teams:N or clusters:N: how CUDA kernels lay out the work",
     "LEANATTN_LAUNCHES": "1 or 2: CUDA launches of an append_decode that can be one",
-    "LEANATTN_PDL": "1: programmatic dependent launch of the CUDA kernels",
     "LEANATTN_BACKEND": "auto, leanattn or torch: where SDPA and transformers' decode steps go",
     "LEANATTN_CHECK": "1: wrong lengths raise instead of being clamped",
 }

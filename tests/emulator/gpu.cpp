@@ -188,14 +188,10 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     require(gpu().capability >= 90, "launch attributes that older GPUs don't have");
     const cudaLaunchAttribute& attribute = config.attrs[i];
-    if (attribute.id == cudaLaunchAttributeClusterDimension) {
-      const auto& dim = attribute.val.clusterDim;
-      require(dim.y == 1 && dim.z == 1 && dim.x <= 8, "a cluster of more than 8 CTAs");
-      cluster_size = static_cast<int>(dim.x);
-    } else {
-      require(attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization,
-              "an unknown launch attribute");
-    }
+    require(attribute.id == cudaLaunchAttributeClusterDimension, "an unknown launch attribute");
+    const auto& dim = attribute.val.clusterDim;
+    require(dim.y == 1 && dim.z == 1 && dim.x <= 8, "a cluster of more than 8 CTAs");
+    cluster_size = static_cast<int>(dim.x);
   }
   require(grid % cluster_size == 0, "a grid that is no multiple of the cluster");
   require(cluster_size <= gpu().num_sms, "a cluster larger than the GPU");

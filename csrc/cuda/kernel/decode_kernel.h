@@ -199,9 +199,6 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
     ptx::bar_arrive(kSetupBarrier, Traits::kConsumerThreads + 32);
     if (!by_tma) ptx::bar_arrive(kHelperBarrier, 64);
   };
-  // All so far, and the launch itself, may run beside the end of the kernel before. Its results may be
-  // anything that this one reads, and what this one writes it may still read.
-  ptx::wait_for_previous_kernel();
   const auto walker = locate<Traits>(params, blockIdx.x, smem, init_first);
   if (is_producer && cute::elect_one_sync()) smem.in_teams = walker.in_team();
   if (by_tma) {
@@ -246,10 +243,7 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   const int warp = threadIdx.x / 32;
   Ring<Traits> ring(smem, room.num_stages, uses_tma<Traits>(maps));
   TaskQueue<Traits> tasks(smem, uses_tma<Traits>(maps));
-  if (needs_all_threads(params)) {
-    ptx::wait_for_previous_kernel();
-    locate_by_all<Traits>(params, smem);
-  }
+  if (needs_all_threads(params)) locate_by_all<Traits>(params, smem);
   if (warp < Traits::kConsumerWarps) {
     if constexpr (Traits::kMovesRegisters) {
       cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -271,13 +265,11 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
     bring_share<Traits>(params, maps, is_producer, ring, tasks, smem);
   } else if (warp == Traits::kHelperWarp) {
     fetch_descriptors(maps);
-    ptx::wait_for_previous_kernel();
   }
   // With a token of its own every row sees a key.
   if constexpr (!Traits::kAppends) {
     if (warp == Traits::kHelperWarp) write_empty_rows<Traits>(params);
   }
-  ptx::let_next_kernel_launch();  // there is no room for it before CTAs leave anyway
 }
 
 template <class Traits>

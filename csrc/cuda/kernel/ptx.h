@@ -106,21 +106,6 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
 #endif
 }
 
-// Programmatic dependent launch: until the kernel before has ended and its writes can be seen. Returns
-// at once where the launch had no such attribute.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if LEANATTN_ARCH >= 900
-  cudaGridDependencySynchronize();
-#endif
-}
-
-// The next kernel may be launched, as far as this CTA goes; its wait is for this one's end all the same.
-__device__ __forceinline__ void let_next_kernel_launch() {
-#if LEANATTN_ARCH >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
 }  // namespace leanattn::ptx
 
 #endif

@@ -75,10 +75,6 @@ inline void bar_arrive(int barrier, int threads) {
 
 inline void fence_proxy_async() {}
 
-// One launch at a time.
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_launch() {}
-
 inline void fence_acq_rel_gpu() {}  // atomicInc orders
 
 inline void cluster_sync_relaxed() {
