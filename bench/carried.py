@@ -1,7 +1,8 @@
 """Peers that were brought along in a folder, for a GPU machine without network.
 
-The environment variable PEERS_DIR names it. It may hold `_vllm_fa3_C.abi3.so`, the one file of
-vLLM's wheel that is FlashAttention-3, which runs without vLLM, and `flashinfer_site.tar.xz`, Python
+The environment variable PEERS_DIR names it. It may hold `_vllm_fa3_C.abi3.so` and
+`_flashmla_C.abi3.so`, the files of vLLM's wheel that are FlashAttention-3 and FlashMLA, which run
+without vLLM, and `flashinfer_site.tar.xz`, Python
 packages with FlashInfer among them, its kernels compiled ahead; what FlashInfer imports may lie in
 `deps` there. Each file may be compressed: `.so.xz`.
 """
@@ -19,17 +20,20 @@ from pathlib import Path
 import torch
 
 FA3 = "_vllm_fa3_C.abi3.so"
+FLASHMLA = "_flashmla_C.abi3.so"
 FLASHINFER = "flashinfer_site.tar.xz"
 
 
 @functools.cache
 def fa3():
     """vLLM's FlashAttention-3 as torch.ops, or None."""
-    path = _file(FA3)
-    if path is None:
-        return None
-    torch.ops.load_library(path)
-    return torch.ops._vllm_fa3_C
+    return _ops(FA3)
+
+
+@functools.cache
+def flashmla():
+    """FlashMLA as torch.ops, or None."""
+    return _ops(FLASHMLA)
 
 
 @functools.cache
@@ -49,8 +53,17 @@ def find_flashinfer():
 
 def hashes():
     """{file: sha256} of what lies in the folder, to say where figures come from."""
-    found = (_in_folder(name) for name in (FA3, f"{FA3}.xz", FLASHINFER))
+    names = (FA3, f"{FA3}.xz", FLASHMLA, f"{FLASHMLA}.xz", FLASHINFER)
+    found = (_in_folder(name) for name in names)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found if path}
+
+
+def _ops(name):
+    path = _file(name)
+    if path is None:
+        return None
+    torch.ops.load_library(path)
+    return getattr(torch.ops, name.removesuffix(".abi3.so"))
 
 
 def _in_folder(name):

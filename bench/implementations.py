@@ -201,13 +201,14 @@ class Pages:
         return rows.view(-1, self.page_size, *cache.shape[2:])
 
 
-def as_pages(case):
+def as_pages(case, sizes=(64, 32, 16)):
+    """`sizes`: those to choose from for a contiguous cache."""
     shape = case.shape
-    if shape.latent_dim or shape.is_float8:
-        raise Refused("called here for caches of q's dtype, K and V apart")
+    if shape.is_float8:
+        raise Refused("called here for caches of q's dtype")
     page_size = shape.page_size
     if page_size is None:
-        page_size = next((size for size in (64, 32, 16) if shape.longest % size == 0), None)
+        page_size = next((size for size in sizes if shape.longest % size == 0), None)
         if page_size is None or shape.layout != "bshd":
             raise Refused("takes pages only, and this contiguous cache cannot be cut into such")
     counts = [-(-length // page_size) for length in shape.lengths]
@@ -240,14 +241,16 @@ def _heads(shape):
     return shape.heads_q, shape.heads_kv, shape.head_dim
 
 
-def _flashinfer():
+def _flashinfer(case):
+    if case.shape.latent_dim:
+        raise Refused("called here for K and V apart")
     carried.find_flashinfer()
     return importlib.import_module("flashinfer")
 
 
 def _flashinfer_decode(case):
     """The tensor-core decode, or for several queries the prefill that it is made of."""
-    flashinfer = _flashinfer()
+    flashinfer = _flashinfer(case)
     shape, pages = case.shape, as_pages(case)
     _takes(shape, "a window", "softcap")
     workspace = _workspace("flashinfer", case.device, 512)
@@ -283,7 +286,7 @@ def _flashinfer_decode(case):
 
 
 def _flashinfer_batch_attention(case):
-    flashinfer = _flashinfer()
+    flashinfer = _flashinfer(case)
     shape, pages = case.shape, as_pages(case)
     wrapper = flashinfer.BatchAttention(kv_layout="NHD", device=str(case.device))
     _takes(shape)
@@ -309,7 +312,7 @@ def _flashinfer_batch_attention(case):
 def _flashinfer_xqa(case):
     """TensorRT-LLM's kernel in FlashInfer: one query, pages of 16 to 128, no plan. It may launch
     dependently, so that calls that follow each other overlap; here it does not."""
-    xqa = _flashinfer().xqa
+    xqa = _flashinfer(case).xqa
     shape, pages = case.shape, as_pages(case)
     _takes(shape)
     if shape.seqlen_q > 1:
@@ -433,6 +436,35 @@ def _vllm_fa3(library, case):
     return Prepared(call, plan)
 
 
+# --- FlashMLA -------------------------------------------------------------------------------------
+
+
+def _flashmla(case):
+    """As vLLM calls it: a step's metadata is made once, by a first call; all layers share it."""
+    library = carried.flashmla()
+    if library is None:
+        raise Refused(f"no {carried.FLASHMLA} in PEERS_DIR")
+    shape, page_size = case.shape, 64
+    _takes(shape)
+    if (shape.head_dim, shape.latent_dim, shape.page_size or page_size) != (576, 512, page_size):
+        raise Refused(f"takes latent caches of 576 and 512 in pages of {page_size}")
+    pages = as_pages(case, (page_size,))
+    metadata = [None, None]
+
+    def run(inputs):
+        return library.dense_decode_fwd(
+            inputs.q, pages.view(inputs.k_cache), shape.latent_dim, pages.lengths, pages.table,
+            shape.head_dim**-0.5, shape.seqlen_q > 1, *metadata, None,
+        )  # fmt: skip
+
+    def plan():
+        metadata[:] = None, None
+        metadata[:] = run(case.sets[0])[2:4]
+
+    plan()
+    return Prepared(lambda inputs: run(inputs)[0], plan)
+
+
 # --- All of them ----------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = [
@@ -457,6 +489,7 @@ IMPLEMENTATIONS = [
     Implementation("flashinfer-xqa", _flashinfer_xqa),
     Implementation("fa2", _flash_attention_2),
     Implementation("fa3", _flash_attention_3),
+    Implementation("flashmla", _flashmla, is_default=False),
 ]
 NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
 

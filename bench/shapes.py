@@ -312,8 +312,9 @@ def latent():
               name=f"b{batch} {heads}/1 D576/512 s{tokens}"
               + (f" page {page_size}" if page_size else ""))
         for heads in (16, 64, 128)
-        for batch, tokens, page_size in ((1, 8192, None), (1, 131072, None), (16, 8192, None),
-                                         (16, 8192, 64), (128, 4096, 64))
+        for batch, tokens, page_size in ((1, 4096, None), (1, 8192, None), (1, 131072, None),
+                                         (16, 8192, None), (16, 8192, 64), (16, 8192, 16),
+                                         (64, 4096, 64), (128, 4096, 64), (64, 32768, 64))
     ]  # fmt: skip
     lengths = between(64, 100, 16384)
     name = "b64 16/1 D576/512 100 to 16384 page 64"

@@ -24,8 +24,9 @@ KNOBS = {
     "LEANATTN_NUM_UNITS": ("132", "128", "120", "112", "96", "80", "66", "64", "48", "32"),
     "LEANATTN_LAYOUT": (
         "stream_k",
-        *(f"teams:{n}" for n in (1, 2, 4, 8, 16)),
+        *(f"teams:{n}" for n in (1, 2, 4, 8, 16, 32)),
         *(f"clusters:{n}" for n in range(2, 9)),
+        *(f"clusters:{n}*{m}" for n in (2, 4, 8) for m in (2, 4, 8, 14)),
     ),
     "LEANATTN_LOADER": ("tma", "cp_async"),
     "LEANATTN_HEAD_PAIRS": ("0", "1"),

@@ -24,7 +24,7 @@ def _rows_per_item(rows, head_dim):
     elif head_dim <= 256:
         choices = (8, 16, 32, 64)
     else:
-        choices = (16, 64)
+        choices = (16, 32, 64)
     return next((n for n in choices if n >= rows), choices[-1])
 
 
@@ -204,9 +204,9 @@ def schedule(
             `torch.get_num_threads()`.
         rows_per_item: packed query rows (queries x heads of a group) that an item holds at most;
             default: the choice of the CUDA kernels of sm_90, the least of 8, 16, 32, 64 and, up to
-            head dim 128, 128 (beyond head dim 256: of 16 and 64) that holds a sequence's rows
-            (their average, with cu_seqlens_q), else the largest. The CPU and sm_80 have at most
-            64, sm_80 beyond head dim 256 at most 16.
+            head dim 128, 128 (beyond head dim 256: of 16, 32 and 64) that holds a sequence's
+            rows (their average, with cu_seqlens_q), else the largest. The CPU and sm_80 have at
+            most 64, sm_80 beyond head dim 256 at most 16, in tiles of 32 tokens there, not 64.
 
     Raises:
         RuntimeError: naming the argument, what was given and what is allowed.

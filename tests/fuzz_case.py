@@ -211,7 +211,7 @@ def draw(seed, index, device="cpu"):
     if device == "cuda" and not ragged and likely(0.4):
         layouts = ["stream_k", "teams:1", "teams:2", "teams:5"]
         if not case.batch_invariant and max(case.dims) <= 256:
-            layouts += ["clusters:2", "clusters:3", "clusters:8"]
+            layouts += ["clusters:2", "clusters:3", "clusters:8", "clusters:2*3", "clusters:4*4"]
         case = dataclasses.replace(case, units=None, layout=rng.choice(layouts))
     if likely(0.2):
         case = over_ranks(rng, case)

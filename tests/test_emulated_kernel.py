@@ -13,16 +13,18 @@ from cases import make_case
 from paging import paginate
 from reference import assert_close, assert_same_bits
 
-LAYOUTS = {  # units, items a team takes, units a team, cluster
-    "stream-k-1": (1, 0, 1, False),
-    "stream-k-3": (3, 0, 1, False),
-    "stream-k-13": (13, 0, 1, False),
-    "stream-k-100": (100, 0, 1, False),
-    "whole-items": (None, 1, 1, False),
-    "three-items": (None, 3, 1, False),
-    "teams-of-3": (None, 1, 3, False),
-    "clusters-of-2": (None, 1, 2, True),
-    "clusters-of-5": (None, 1, 5, True),
+LAYOUTS = {  # units, items a team takes, units a team, and a cluster
+    "stream-k-1": (1, 0, 1, 1),
+    "stream-k-3": (3, 0, 1, 1),
+    "stream-k-13": (13, 0, 1, 1),
+    "stream-k-100": (100, 0, 1, 1),
+    "whole-items": (None, 1, 1, 1),
+    "three-items": (None, 3, 1, 1),
+    "teams-of-3": (None, 1, 3, 1),
+    "clusters-of-2": (None, 1, 2, 2),
+    "clusters-of-5": (None, 1, 5, 5),
+    "two-clusters-of-3": (None, 1, 6, 3),
+    "nine-clusters-of-2": (None, 1, 18, 2),
 }
 # Multi-head latent attention.
 LATENT = dict(heads=(16, 1), dims=(576, 512), values_in_keys=True)
@@ -44,6 +46,14 @@ CASES = {
     "wide": (16, False, dict(lengths=(200, 0, 45), heads=(20, 2), dims=(512, 264))),
     "wgmma-wide": (64, True, dict(lengths=(150, 45), heads=(20, 1), dims=(264, 512))),
     "latent": (16, False, dict(LATENT, lengths=(200, 45), window_left=70, seqlen_q=3)),
+    "keys-as-rows": (16, True, dict(lengths=(300, 0, 45), heads=(20, 2), dims=(512, 264))),
+    "keys-as-rows-latent": (16, True, dict(LATENT, lengths=(200, 45), window_left=70, seqlen_q=3)),
+    "keys-as-rows-32": (32, True, dict(LATENT, lengths=(300, 64, 7), heads=(27, 1))),
+    "keys-as-rows-32-queries": (
+        32,
+        True,
+        dict(LATENT, lengths=(200, 45), seqlen_q=4, heads=(9, 1)),
+    ),
     "wgmma-latent": (64, True, dict(LATENT, lengths=(150, 45), window_left=70, seqlen_q=3)),
 }
 PAGE_SIZES = [1, 3, 8, 24, 64, 100, 256]
@@ -61,7 +71,7 @@ def emulate(emulated_kernel):
         head_pairs=False, features="all",
     ):  # fmt: skip
         q = case["q"]
-        num_units, items_per_team, team_size, clustered = layout
+        num_units, items_per_team, team_size, cluster_size = layout
         if num_units is None:
             table = case.get("block_table", case["k_cache"])
             heads_kv = case["k_cache"].shape[2] // (2 if head_pairs else 1)
@@ -78,7 +88,7 @@ def emulate(emulated_kernel):
             q=bits(q), k=bits(case["k_cache"]), v=bits(case["v_cache"]), **arrays,
             window_left=case.get("window_left", -1), window_right=0, scale=q.shape[-1] ** -0.5,
             rows=rows, num_units=num_units, items_per_team=items_per_team, team_size=team_size,
-            clustered=clustered, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
+            cluster_size=cluster_size, slack_tiles=slack_tiles, tma=tma, stages=stages, wgmma=wgmma,
             seed=seed, bf16=q.dtype == torch.bfloat16,
             e5m2=case["k_cache"].dtype == torch.float8_e5m2,
             batch_invariant=case.get("batch_invariant", False), head_pairs=head_pairs,
@@ -120,6 +130,8 @@ def test_bfloat16(name, emulate):
         (32, True, (20, 2), (128, 128)),
         (64, True, (18, 1), (256, 256)),
         (16, False, (5, 1), (576, 512)),
+        (16, True, (5, 1), (576, 512)),
+        (32, True, (8, 1), (576, 512)),
         (64, True, (12, 1), (576, 512)),
     ],
 )
@@ -132,7 +144,19 @@ def test_nan_shows_only_where_it_is_seen(rows, wgmma, heads, dims, units, emulat
         for key in {lengths[0] - 1, max(lengths[0] - 2, 0), max(lengths[0] - 2 - 150, 0)}:
             case["v_cache"][0, key, -1, key % dims[1]] = torch.nan
             case["v_cache"][0, key, -1, 3] = torch.inf
-        hold(emulate(case, rows, (units, 0, 1, False), wgmma=wgmma), case)
+        hold(emulate(case, rows, (units, 0, 1, 1), wgmma=wgmma), case)
+
+
+@pytest.mark.parametrize("layout", ["stream-k-3", "whole-items", "two-clusters-of-3"])
+@pytest.mark.parametrize("rows, heads", [(16, 16), (64, 40)])
+def test_lean_wide_heads(rows, heads, layout, emulate):
+    """They give the bits of the kernel with everything."""
+    options = dict(LATENT, lengths=(300, 0, 77, 64), heads=(heads, 1))
+    case = make_case("cpu", torch.bfloat16, **options)
+    lean = emulate(case, rows, LAYOUTS[layout], wgmma=True, features="lean")
+    hold(lean, case)
+    for ours, others in zip(lean, emulate(case, rows, LAYOUTS[layout], wgmma=True)):
+        assert_same_bits(ours, others)
 
 
 LEAN_CASES = {
@@ -210,27 +234,27 @@ def test_many_sequences(batch, layout, features, emulate):
 @pytest.mark.parametrize("units", [1, 3, 13])
 def test_ragged_queries(units, tma, emulate):
     case = make_case("cpu", torch.float16, lengths=(640, 129, 77), query_lengths=(3, 0, 5))
-    hold(emulate(case, 8, (units, 0, 1, False), tma=tma), case)
+    hold(emulate(case, 8, (units, 0, 1, 1), tma=tma), case)
 
 
-@pytest.mark.parametrize("clustered", [False, True])
-def test_teams_fall_back_on_stream_k(clustered, emulate):
+@pytest.mark.parametrize("cluster_size", [1, 2])
+def test_teams_fall_back_on_stream_k(cluster_size, emulate):
     """Lengths that differ: the device takes equal shares of the line."""
     case = make_case("cpu", torch.float16, lengths=(1500, 10, 300))
-    layout = (12, 1, 2, clustered)
+    layout = (12, 1, 2, cluster_size)
     results = [emulate(case, 8, layout, slack_tiles=slack) for slack in (0, 1 << 20)]
     for result in results:
         hold(result, case)
-    stream_k = emulate(case, 8, (12, 0, 1, False))
+    stream_k = emulate(case, 8, (12, 0, 1, 1))
     assert_same_bits(results[0][0], stream_k[0])
 
 
 @pytest.mark.parametrize("stages", [2, 3, 8])
 def test_any_ring_and_any_order_give_the_same_bits(stages, emulate):
     case = make_case("cpu", torch.float16, lengths=(700, 300))
-    expected = emulate(case, 8, (5, 0, 1, False))
+    expected = emulate(case, 8, (5, 0, 1, 1))
     for seed in range(3):
-        out, lse = emulate(case, 8, (5, 0, 1, False), stages=stages, seed=100 * seed)
+        out, lse = emulate(case, 8, (5, 0, 1, 1), stages=stages, seed=100 * seed)
         assert_same_bits(out, expected[0])
         assert_same_bits(lse, expected[1])
 
@@ -244,7 +268,7 @@ def test_pages(page_size, layout, emulate):
         hold(emulate(paged, 8, LAYOUTS[layout], tma=tma), case)
 
 
-@pytest.mark.parametrize("rows, wgmma", [(16, False), (64, True)])
+@pytest.mark.parametrize("rows, wgmma", [(16, False), (16, True), (64, True)])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_latent_pages(page_size, rows, wgmma, emulate):
     case = make_case("cpu", torch.float16, lengths=(150, 5, 0, 77), **LATENT)
@@ -427,7 +451,7 @@ def test_float8_nan_shows_only_where_it_is_seen(units, cache, emulate):
             case["v_cache"][0, key, -1, key % 64] = torch.nan
             case["v_cache"][0, key, -1, 3] = torch.inf
         case.update({name: case[name].to(FLOAT8[cache]) for name in ("k_cache", "v_cache")})
-        hold(emulate(case, 8, (units, 0, 1, False)), case)
+        hold(emulate(case, 8, (units, 0, 1, 1)), case)
 
 
 @pytest.mark.parametrize("cache", FLOAT8)
@@ -509,11 +533,12 @@ def random_call(seed):
     kinds = ["stream-k"] if ragged_queries else ["stream-k", "whole", "teams", "clusters"]
     kind = random.choice(kinds[:3] if call["batch_invariant"] else kinds)
     if kind == "stream-k":
-        layout = (random.choice([1, 2, 3, 5, 8, 17]), 0, 1, False)
+        layout = (random.choice([1, 2, 3, 5, 8, 17]), 0, 1, 1)
     elif kind == "whole":
-        layout = (None, random.choice([1, 2, 3, 5]), 1, False)
+        layout = (None, random.choice([1, 2, 3, 5]), 1, 1)
     else:
-        layout = (None, 1, random.choice([2, 3, 4]), kind == "clusters")
+        size, num_clusters = random.choice([2, 3, 4]), random.choice([1, 1, 2, 3])
+        layout = (None, 1, size * num_clusters, size if kind == "clusters" else 1)
     more = dict(
         tma=("block_table" not in call or page_size % 8 == 0) and random.random() < 0.6,
         stages=random.choice([2, 3, 5]) if max(dims) <= 64 else 3,

@@ -97,8 +97,8 @@ def test_every_folder_has_a_readme():
 
 
 def test_nvcc_is_not_silenced():
-    """It only warns where code of the GPU calls what is the host's, and then leaves out that call and
-    what depends on it: kernels were wrong which were right when another compiler made them."""
+    """It only warns where code of the GPU calls what is the host's, and then leaves out that call
+    and what depends on it: kernels were wrong which were right when another compiler made them."""
     sources = [*CSRC.rglob("*.h"), *CSRC.rglob("*.cu"), CSRC.parent / "setup.py"]
     silenced = [
         str(path.relative_to(CSRC.parent))

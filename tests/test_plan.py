@@ -59,10 +59,10 @@ def test_rows_of_a_batch_invariant_item_do_not_depend_on_the_queries(plan):
 
 def test_few_items_go_by_clusters_where_there_are_any(plan):
     planned = plan()
-    assert planned.is_clustered and planned.team_size > 1 and planned.items_per_team == 1
+    assert planned.cluster_size == planned.team_size > 1 and planned.items_per_team == 1
     assert planned.num_units == 8 * planned.team_size
-    assert not plan(batch_invariant=True).is_clustered  # a fixed tree is not folded in clusters
-    assert not plan(device=A100).is_clustered
+    assert plan(batch_invariant=True).cluster_size == 1  # a fixed tree is not folded in clusters
+    assert plan(device=A100).cluster_size == 1
 
 
 def test_a_launch_whose_sequences_are_alike_knows_its_line(plan):
@@ -104,13 +104,13 @@ def test_pairs_of_heads(plan, planner, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text, team_size, clustered",
-    [("teams:1", 1, False), ("teams:5", 5, False), ("clusters:4", 4, True)],
+    "text, team_size, cluster_size",
+    [("teams:1", 1, 1), ("teams:5", 5, 1), ("clusters:4", 4, 4), ("clusters:2*3", 6, 2)],
 )
-def test_a_forced_layout(text, team_size, clustered, plan, monkeypatch):
+def test_a_forced_layout(text, team_size, cluster_size, plan, monkeypatch):
     monkeypatch.setenv("LEANATTN_LAYOUT", text)
     planned = plan()
-    assert (planned.team_size, planned.is_clustered) == (team_size, clustered)
+    assert (planned.team_size, planned.cluster_size) == (team_size, cluster_size)
 
 
 def test_a_forced_number_of_units(plan, planner, monkeypatch):
@@ -129,7 +129,8 @@ def test_on_the_cpu_units_are_threads(planner):
 
 @pytest.mark.parametrize("knobs, message, options", [
     (dict(LEANATTN_LAYOUT="rows"),
-     "LEANATTN_LAYOUT must be 'stream_k', 'teams:N' or 'clusters:N', got 'rows'", {}),
+     "LEANATTN_LAYOUT must be 'stream_k', 'teams:N', 'clusters:N' or 'clusters:N*M', got 'rows'",
+     {}),
     (dict(LEANATTN_LAYOUT="teams:x"),
      "LEANATTN_LAYOUT must hold a number from 1 to 65536, got 'x'", {}),
     (dict(LEANATTN_LAYOUT="clusters:9"),

@@ -13,7 +13,8 @@ from test_needles import needle_case, tile_edges
 
 import leanattn
 
-LAYOUTS = ["stream_k", "teams:1", "teams:3", "teams:16", "clusters:2", "clusters:3", "clusters:8"]
+LAYOUTS = ["stream_k", "teams:1", "teams:3", "teams:16", "clusters:2", "clusters:3",
+           "clusters:8", "clusters:2*3", "clusters:4*8"]  # fmt: skip
 CASES = {
     "uniform": dict(lengths=None, batch=3, capacity=1000),
     "one-sequence": dict(lengths=(1500,)),
@@ -149,7 +150,8 @@ def test_ragged_queries_go_by_stream_k_alone(device, monkeypatch):
 
 def test_wrong_layouts_are_refused(device, monkeypatch):
     case = make_case(device, torch.float16)
-    for text in ("clusters:1", "clusters:9", "teams:0", "teams:", "whole", "teams:4x"):
+    for text in ("clusters:1", "clusters:9", "teams:0", "teams:", "whole", "teams:4x", "teams:2*2",
+                 "clusters:2*", "clusters:2*0"):  # fmt: skip
         monkeypatch.setenv("LEANATTN_LAYOUT", text)
         with pytest.raises(RuntimeError, match="LEANATTN_LAYOUT"):
             run(case)

@@ -67,9 +67,11 @@ def test_only_what_is_used(name, batch_invariant, headers):
 
 def test_a_cluster_merges_in_its_own_memory(headers):
     """Where it is sure to be one; else stream-K may take its place."""
-    assert plan(headers, UNIFORM, (12, 1, 2), is_clustered=True).size() == 0
-    assert plan(headers, ONE_SEQUENCE, (4, 1, 2), is_clustered=True).size() == 0
-    assert min(parts(plan(headers, RAGGED, (12, 1, 2), is_clustered=True))[:3]) > 0
+    assert plan(headers, UNIFORM, (12, 1, 2), cluster_size=2).size() == 0
+    assert plan(headers, ONE_SEQUENCE, (4, 1, 2), cluster_size=2).size() == 0
+    assert min(parts(plan(headers, RAGGED, (12, 1, 2), cluster_size=2))[:3]) > 0
+    # Several meet in global memory.
+    assert min(parts(plan(headers, UNIFORM, (24, 1, 4), cluster_size=2))[:3]) > 0
 
 
 def test_what_the_caller_or_the_cpu_has_itself(headers):

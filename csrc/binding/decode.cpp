@@ -258,7 +258,7 @@ void decode_check(LEANATTN_DECODE_ARGUMENTS, OptionalTensor out) {
   params.head_dim = static_cast<int>(arguments.k_cache.size(3));
   params.head_dim_v = static_cast<int>(arguments.v_cache.size(3));
   params.batch_invariant = arguments.batch_invariant;
-  CudaDevice(device).rows_per_item(params, 1);  // throws where none has room
+  CudaDevice(device).item_shape(params, 1);  // throws where none has room
 #endif
 }
 

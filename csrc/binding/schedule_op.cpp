@@ -58,7 +58,9 @@ Tensor schedule(Tensor cache_seqlens, int64_t num_heads_kv, int64_t group_size, 
   check.require(queries * group_size <= kMax, "group_size", "times ", queries,
                 " queries must be at most ", kMax, " rows, got ", queries * group_size);
   problem.capacity = in_range(capacity, "capacity", 0, kMax);
-  problem.tile_tokens_log2 = tile_tokens_log2_for(in_range(head_dim, "head_dim", 8, kMaxHeadDim));
+  // As kernels by wgmma have it.
+  const bool is_wide = in_range(head_dim, "head_dim", 8, kMaxHeadDim) > 256;
+  problem.tile_tokens_log2 = is_wide ? kWideTileTokensLog2 : tile_tokens_log2_for(head_dim);
   problem.rows_per_item = in_range(rows_per_item, "rows_per_item", 1, kMax);
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, problem.rows_per_item);
   check.require(!causal || window_right <= 0, "window_right",

@@ -42,8 +42,9 @@ struct DecodeParams {
   int num_heads_q;
   Problem problem;  // lengths, mask, shape of the schedule
   Layout layout;
-  bool is_uniform;    // no lengths in device memory: `uniform` holds
-  bool is_clustered;  // a team is a cluster of CTAs and merges in distributed shared memory
+  bool is_uniform;   // no lengths in device memory: `uniform` holds
+  int cluster_size;  // of whole clusters of so many CTAs a team consists, which merge in distributed
+                     // shared memory; 1: of single CTAs
   UniformLine uniform;
 
   // With cu_seqlens_q, B is 1 and Sq is total_q here: the batch stride of q, out and lse is 0.
@@ -142,14 +143,28 @@ LEANATTN_HD int64_t partial_index(const DecodeParams& p, int64_t slot, int node)
   return slot * p.max_nodes + node;
 }
 
+// Of all items, where all sequences have as many.
+template <bool kPlain = false>
+LEANATTN_HD int item_number(const DecodeParams& p, const Segment& segment) {
+  const int row_blocks = num_row_blocks<kPlain>(p.problem, segment.sequence);
+  return (segment.seq * p.problem.num_heads_kv + segment.head) * row_blocks + segment.row_block;
+}
+
 // The counter of an item that several units share. An item is known by the unit that it begins in:
 // of the items that begin in one unit's share only the last can go on in the next. Where there are
 // fewer items than units, by its own number, so that a few counters are enough.
 template <bool kPlain = false>
 LEANATTN_HD int counter_index(const DecodeParams& p, const Segment& segment, int first_unit) {
-  if (!p.counter_per_item) return first_unit;
-  const int row_blocks = num_row_blocks<kPlain>(p.problem, segment.sequence);
-  return (segment.seq * p.problem.num_heads_kv + segment.head) * row_blocks + segment.row_block;
+  return p.counter_per_item ? item_number<kPlain>(p, segment) : first_unit;
+}
+
+// A team of several clusters has one counter a rank within a cluster: those of a rank merge its rows.
+LEANATTN_HD bool has_several_clusters(const DecodeParams& p) {
+  return p.cluster_size > 1 && p.layout.team_size > p.cluster_size;
+}
+template <bool kPlain = false>
+LEANATTN_HD int rank_counter_index(const DecodeParams& p, const Segment& segment, int rank) {
+  return item_number<kPlain>(p, segment) * p.cluster_size + rank;
 }
 
 // One row of an item, resolved.

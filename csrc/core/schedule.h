@@ -40,6 +40,9 @@ LEANATTN_HD constexpr int tile_tokens_log2_for(int head_dim) {
   return head_dim <= 128 ? 7 : head_dim <= 256 ? 6 : 5;
 }
 
+// The same of head dims beyond 256 by wgmma, which has keys as 64 rows.
+constexpr int kWideTileTokensLog2 = 6;
+
 // The largest D and Dv. Those beyond 256 are for multi-head latent attention, whose keys are its values
 // and 64 columns more.
 constexpr int kMaxHeadDim = 576;

@@ -161,8 +161,13 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
   const auto with_few = [&]<class Features>(FeatureSet features) {
     if (key.features != features || key.bfloat16 != Features::kBFloat16) return;
     if (key.paged != Features::kPaged) return;
-    with.template operator()<8, Kind::kMma, Features>();
-    with.template operator()<16, Kind::kMma, Features>();
+    if constexpr (kHeadDim == kMaxHeadDim) {
+      with.template operator()<16, Kind::kWgmmaKeys, Features>();
+      with.template operator()<64, Kind::kWgmma, Features>();
+    } else {
+      with.template operator()<8, Kind::kMma, Features>();
+      with.template operator()<16, Kind::kMma, Features>();
+    }
   };
   if constexpr (kHeadDim != kMaxHeadDim) {
     with_few.template operator()<LeanFeatures<true, false>>(FeatureSet::kLean);
@@ -174,12 +179,20 @@ void dispatch_rows(const KernelKey& key, Visit visit) {
       with_few.template operator()<MaskedFeatures<true>>(FeatureSet::kMasked);
     }
   }
+  if constexpr (kHeadDim == kMaxHeadDim && kHasWgmma) {
+    with_few.template operator()<LeanFeatures<true, false>>(FeatureSet::kLean);
+    with_few.template operator()<LeanFeatures<true, true>>(FeatureSet::kLean);
+  }
   if (key.features != FeatureSet::kAll) return;
   if constexpr (kHeadDim == kMaxHeadDim) {
     // Fewer rows, and by mma more than 16 at a time, have no kernel of their own.
     with.template operator()<16, Kind::kMma>();
     with.template operator()<16, Kind::kTree>();
-    if constexpr (kHasWgmma) with.template operator()<64, Kind::kWgmma>();
+    if constexpr (kHasWgmma) {
+      with.template operator()<16, Kind::kWgmmaKeys>();
+      with.template operator()<32, Kind::kWgmmaKeys>();
+      with.template operator()<64, Kind::kWgmma>();
+    }
   } else {
     with.template operator()<8, Kind::kMma>();
     with.template operator()<16, Kind::kMma>();
@@ -244,13 +257,15 @@ bool can_use_wgmma(int device) {
 constexpr int kRowCounts[] = {8, 16, 32, 64, 128};
 
 KernelKey make_key(const DecodeParams& params, int rows, int device) {
+  const int head_dim = max_of(params.head_dim, params.head_dim_v);
   const auto kind = [&] {
     if (params.batch_invariant) return Kind::kTree;
     // wgmma reads keys and values as they lie in the ring.
-    if (rows < kFewestWgmmaRows || is_float8(params.cache_type)) return Kind::kMma;
-    return can_use_wgmma(device) ? Kind::kWgmma : Kind::kMma;
+    if (is_float8(params.cache_type) || !can_use_wgmma(device)) return Kind::kMma;
+    if (padded_head_dim(head_dim) == kMaxHeadDim && rows < 64) return Kind::kWgmmaKeys;
+    return rows < kFewestWgmmaRows ? Kind::kMma : Kind::kWgmma;
   };
-  return {is_float8(params.cache_type), max_of(params.head_dim, params.head_dim_v), rows, kind()};
+  return {is_float8(params.cache_type), head_dim, rows, kind()};
 }
 
 // Whether rows of the caches begin on 16-byte boundaries and are whole 16 bytes.
@@ -385,18 +400,17 @@ bool launch_append_decode(const DecodeParams& params, const AppendParams& append
 
 int CudaDevice::capability() const { return device_limits(device_).capability; }
 
-int CudaDevice::rows_per_item(const DecodeParams& params, int64_t rows) const {
-  int fit = 0;
+ItemShape CudaDevice::item_shape(const DecodeParams& params, int64_t rows) const {
+  ItemShape fit{};
   for (const int candidate : kRowCounts) {
     bool fits = false;
     dispatch(make_key(params, candidate, device_), [&]<class Traits>() {
       fits = setup_kernel<Traits>(device_).num_stages >= Traits::kFewestStages;
+      if (fits) fit = {candidate, Traits::kTileLog2};
     });
-    if (!fits) continue;  // or there is no such kernel
-    fit = candidate;
-    if (rows <= candidate) break;
+    if (fits && rows <= candidate) break;
   }
-  if (fit == 0) {
+  if (fit.rows == 0) {
     throw_error("leanattn: head dims " + std::to_string(params.head_dim) + " and " +
                 std::to_string(params.head_dim_v) +
                 " need more shared memory than this device has for a CTA, " +
@@ -416,8 +430,9 @@ Machine CudaDevice::machine(const DecodeParams& params) const {
 void warm_up(int device) {
   for (const int head_dim : {64, 128, 256, kMaxHeadDim}) {
     for (const int rows : kRowCounts) {
-      for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma}) {
-        if (kind == Kind::kWgmma && !can_use_wgmma(device)) continue;
+      for (const Kind kind : {Kind::kMma, Kind::kTree, Kind::kWgmma, Kind::kWgmmaKeys}) {
+        const bool by_wgmma = kind == Kind::kWgmma || kind == Kind::kWgmmaKeys;
+        if (by_wgmma && !can_use_wgmma(device)) continue;
         for (const bool float8 : {false, true}) {
           const auto set_up = [&]<class Traits>() { setup_kernel<Traits>(device); };
           dispatch({float8, head_dim, rows, kind}, set_up);

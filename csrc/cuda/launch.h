@@ -31,7 +31,7 @@ class CudaDevice final : public Device {
   explicit CudaDevice(int device) : device_(device) {}
   int capability() const override;
   // Throws std::runtime_error where no kernel has room.
-  int rows_per_item(const DecodeParams& params, int64_t rows) const override;
+  ItemShape item_shape(const DecodeParams& params, int64_t rows) const override;
   Machine machine(const DecodeParams& params) const override;
 
  private:

@@ -62,17 +62,17 @@ template <class Traits>
 void launch_kernel(const typename Traits::Params& params, const TensorMaps& maps, int device,
                    cudaStream_t stream) {
   const KernelSetup& setup = setup_kernel<Traits>(device);
-  const int cluster_size = params.is_clustered ? int{params.layout.team_size} : 1;
-  const LaunchConfig launch(setup, params.layout.num_units, cluster_size, Traits::kThreads, stream);
+  const LaunchConfig launch(setup, params.layout.num_units, params.cluster_size, Traits::kThreads,
+                            stream);
   const RoomPlan room = Traits::kTree ? plan_fold<Traits>(setup) : RoomPlan{setup.num_stages, 0};
   check_cuda(cudaLaunchKernelEx(&launch.config, decode_kernel<Traits>, params, maps, room),
              "cudaLaunchKernelEx");
 }
 
 // Of DecodeTraits' arguments.
-#define LEANATTN_INSTANTIATE(...)                                           \
-  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int); \
-  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(                   \
-      const DecodeTraits<__VA_ARGS__>::Params&, const TensorMaps&, int, cudaStream_t);
+#define LEANATTN_INSTANTIATE(...)                                                                  \
+  template const KernelSetup& setup_kernel<DecodeTraits<__VA_ARGS__>>(int);                        \
+  template void launch_kernel<DecodeTraits<__VA_ARGS__>>(const DecodeTraits<__VA_ARGS__>::Params&, \
+                                                         const TensorMaps&, int, cudaStream_t);
 
 }  // namespace leanattn

@@ -25,11 +25,14 @@ struct Machine {
 
 // What the fixups of one item cost after its last tile. What no layout avoids is left out, and so a
 // cluster's is next to nothing.
-constexpr double kStreamKFixupUs = 5.5;    // partials, ticket, merge, and a second segment's start
-constexpr double kTeamFixupUs = 5.0;       // partials, ticket, merge
-constexpr double kClusterFixupUs = 0.1;    // a cluster barrier, and distributed shared memory
+constexpr double kStreamKFixupUs = 5.5;  // partials, ticket, merge, and a second segment's start
+constexpr double kTeamFixupUs = 5.0;     // partials, ticket, merge
+constexpr double kClusterFixupUs = 0.1;  // a cluster barrier, and distributed shared memory
+constexpr double kClustersFixupUs =
+    3.0;  // of a team of several: partials of clusters, a ticket a rank
 constexpr double kMergeBytesPerUs = 20e3;  // of partials, by one CTA
 constexpr double kStreamKSlower = 1.01;    // to read
+constexpr double kClustersSlower = 1.04;   // likewise, where a team has several
 // Units do not end together, the less so the more each reads.
 constexpr double kUnevenBytesPerUs = 1e6;
 // Of one unit, times the rows of an item: with many, its products and the softmax hold it back. By items
@@ -43,7 +46,27 @@ struct Items {
   int rows;           // of each, padded
   double tile_bytes;  // of K and V together
   double partial_bytes;
+  double copy_bytes_per_us = std::numeric_limits<double>::infinity();  // of one unit, at most
+
+  // What one unit reads, however few there are.
+  double unit_bytes_per_us() const;
 };
+
+// What one unit gets done of head dims beyond 256, by tiles of 64 tokens of 576: 16 rows, an H200.
+constexpr double kWideBytesPerUs = 56e3;
+
+// What one unit copies of pages, in boxes that lie inside one, or row by row where no box of 8 rows does. By
+// what pages of 1 to 256 tokens took on an H200, [*, H, 128].
+inline double page_bytes_per_us(int page_size, int tile_tokens) {
+  const int box_rows = std::min(page_size & -page_size, tile_tokens);
+  if (box_rows < 8) return 21.7e3;
+  const double box_bytes = box_rows * 128.0;
+  return box_bytes / (0.035 + box_bytes / 65e3);
+}
+
+inline double Items::unit_bytes_per_us() const {
+  return std::min(kRowBytesPerUs / rows, copy_bytes_per_us);
+}
 
 // Bytes a us that n units read.
 inline double speed_of(int n, const Items& items, const Machine& machine) {
@@ -58,7 +81,7 @@ inline double speed_of(int n, const Items& items, const Machine& machine) {
     speed = kPoints[i - 1][1] + along * (kPoints[i][1] - kPoints[i - 1][1]);
     break;
   }
-  return std::min(speed * machine.bytes_per_us, n * kRowBytesPerUs / items.rows);
+  return std::min(speed * machine.bytes_per_us, n * items.unit_bytes_per_us());
 }
 
 // What part of that speed rows of 128 bytes reach where other heads' lie between them: [B, S, H, 64] was
@@ -79,7 +102,7 @@ inline double read_us(const Items& items, const Machine& machine, int more, int6
 
 struct LayoutChoice {
   Layout layout;
-  bool is_clustered;
+  int cluster_size;  // 1: no clusters
   double us;
 };
 
@@ -96,7 +119,7 @@ inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num
     const double partials = std::ceil(static_cast<double>(items.tiles) / small) + 1;
     us = us * kStreamKSlower + kStreamKFixupUs + partials * items.partial_bytes / kMergeBytesPerUs;
   }
-  return {{units, 0, 1, 1, 0, 0, 1}, false, us};
+  return {{units, 0, 1, 1, 0, 0, 1}, 1, us};
 }
 
 // Items that a unit takes before it is better for all units to be at neighbouring ones. By a kernel that
@@ -105,18 +128,23 @@ inline LayoutChoice stream_k(const Items& items, const Machine& machine, int num
 constexpr int kManyItems = 4;
 
 // What a fixup costs in teams, but for the merge of the partials.
-inline double fixup_us(const Layout& layout, bool clustered) {
-  if (layout.team_size == 1) return 0.0;
-  return clustered ? kClusterFixupUs : kTeamFixupUs;
+inline double fixup_us(const LayoutChoice& choice) {
+  const int team_size = choice.layout.team_size;
+  if (team_size == 1) return 0.0;
+  if (choice.cluster_size == 1) return kTeamFixupUs;
+  return team_size == choice.cluster_size ? kClusterFixupUs : kClustersFixupUs;
 }
 
-// Teams of `size` units; with 1, each takes as few whole items as all SMs together can.
-inline LayoutChoice teams(const Items& items, const Machine& machine, int size, bool clustered) {
+// Teams of `num_clusters` clusters, or single CTAs where cluster_size is 1; teams of one CTA each take as few
+// whole items as all SMs together can.
+inline LayoutChoice teams(const Items& items, const Machine& machine, int cluster_size,
+                          int num_clusters) {
+  const int size = cluster_size * num_clusters;
   const int per_team = size == 1 ? ceil_div(std::max(items.count, 1), machine.num_sms) : 1;
   const int num_teams = ceil_div(std::max(items.count, 1), per_team);
   const int step = per_team < kManyItems ? 1 : num_teams;
   LayoutChoice choice{
-      {num_teams * size, per_team, step, size, num_teams, 0, num_teams}, clustered, 0.0};
+      {num_teams * size, per_team, step, size, num_teams, 0, num_teams}, cluster_size, 0.0};
   if (size == 1) {
     const int full = num_teams - (items.count % per_team != 0);
     const int64_t tiles = items.tiles;
@@ -127,36 +155,60 @@ inline LayoutChoice teams(const Items& items, const Machine& machine, int size, 
   const int more = items.tiles % size;
   choice.us = read_us(items, machine, more * num_teams, items.tiles / size + 1,
                       (size - more) * num_teams, items.tiles / size);
-  choice.us += fixup_us(choice.layout, clustered) +
-               (clustered ? 1 : size) * items.partial_bytes / kMergeBytesPerUs;
+  if (cluster_size > 1 && num_clusters > 1) choice.us *= kClustersSlower;
+  // The partials of clusters are merged by as many CTAs as a cluster has.
+  const double partials = static_cast<double>(num_clusters) / cluster_size;
+  choice.us += fixup_us(choice) + partials * items.partial_bytes / kMergeBytesPerUs;
   return choice;
 }
 
 // Clusters of even sizes alone: of 126 shapes on an H200, an odd one was ahead of all other layouts by 1 to
 // 2% in three, and mostly behind the even sizes beside it, by up to 78%.
-inline bool fits(const Items& items, const Machine& machine, int size, bool clustered) {
-  if (size == 1) return !clustered;
-  if (size > items.tiles) return false;
-  return clustered
-             ? size % 2 == 0 && size <= kMaxClusterSize && items.count <= machine.max_clusters[size]
-             : int64_t{items.count} * size <= machine.num_sms;
+inline bool fits(const Items& items, const Machine& machine, int cluster_size, int num_clusters) {
+  if (cluster_size * num_clusters > std::max(items.tiles, 1)) return false;
+  const int64_t clusters = int64_t{items.count} * num_clusters;
+  if (cluster_size == 1) return num_clusters == 1 || clusters <= machine.num_sms;
+  return cluster_size % 2 == 0 && cluster_size <= kMaxClusterSize &&
+         clusters <= machine.max_clusters[cluster_size];
 }
 
 inline LayoutChoice choose_layout(const Items& items, const Machine& machine) {
-  LayoutChoice best = teams(items, machine, 1, false);
+  LayoutChoice best = teams(items, machine, 1, 1);
   const auto consider = [&](const LayoutChoice& choice) {
     if (choice.us < best.us) best = choice;
   };
-  for (int size = 2; size <= kMaxClusterSize; ++size) {
-    if (fits(items, machine, size, true)) consider(teams(items, machine, size, true));
+  // All that there is room for, or fewer where merging so many partials would take longer.
+  const auto consider_teams = [&](int cluster_size, int room) {
+    const int most = std::min(items.tiles / cluster_size, room / std::max(items.count, 1));
+    for (int count = most; count > 1; count /= 2) {
+      if (fits(items, machine, cluster_size, count)) {
+        consider(teams(items, machine, cluster_size, count));
+      }
+    }
+  };
+  for (int size = 2; size <= kMaxClusterSize; size += 2) {
+    if (fits(items, machine, size, 1)) consider(teams(items, machine, size, 1));
   }
-  // Without clusters: all SMs, or fewer where merging so many partials would take longer.
-  const int most = std::min(items.tiles, machine.num_sms / std::max(items.count, 1));
-  for (int size = most; size > 1; size /= 2) consider(teams(items, machine, size, false));
+  consider_teams(1, machine.num_sms);
+  // Several clusters, where one an item would leave more than half of the SMs idle. Where the other half keeps the
+  // memory busy, more of them have cost more than they bring: b1 28/4 D128 s131072 took 67.2 us by 8*2, 67.4 by
+  // 4*4, and some 70 by 6*5 and by 4*7. Of more items two clusters each alone, for the same reason.
+  const int half = machine.num_sms / 2;
+  const bool half_is_enough = half * items.unit_bytes_per_us() >= 0.9 * machine.bytes_per_us;
+  if (items.count < half / kMaxClusterSize) {
+    for (const int size : {2, 4, 8}) {
+      const int room = (half_is_enough ? half : machine.num_sms) / size;
+      consider_teams(size, std::min(machine.max_clusters[size], room));
+    }
+  } else if (!half_is_enough) {
+    for (const int size : {2, 4}) {
+      if (fits(items, machine, size, 2)) consider(teams(items, machine, size, 2));
+    }
+  }
   consider(stream_k(items, machine));
   const double tile_us = items.tile_bytes * machine.num_sms / machine.bytes_per_us;
   best.layout.slack_tiles =
-      static_cast<int>((kStreamKFixupUs - fixup_us(best.layout, best.is_clustered)) / tile_us);
+      static_cast<int>(std::max(kStreamKFixupUs - fixup_us(best), 0.0) / tile_us);
   return best;
 }
 

@@ -9,13 +9,19 @@
 
 namespace leanattn {
 
+// Of what items are made of.
+struct ItemShape {
+  int rows;              // query rows that an item holds
+  int tile_tokens_log2;  // of a tile
+};
+
 class Device {
  public:
   virtual int capability() const = 0;  // 90 for 9.0
 
-  // Query rows that an item holds, of those that kernels exist for: enough for `rows` rows if possible,
-  // but no more than the device has shared memory for. params: types and head dims.
-  virtual int rows_per_item(const DecodeParams& params, int64_t rows) const = 0;
+  // Of those that kernels exist for: rows enough for `rows` rows if possible, but no more than the device
+  // has shared memory for. params: types and head dims.
+  virtual ItemShape item_shape(const DecodeParams& params, int64_t rows) const = 0;
 
   // params: types, head dims and rows_per_item.
   virtual Machine machine(const DecodeParams& params) const = 0;

@@ -45,9 +45,15 @@ Items items_of(const DecodeParams& p) {
   const int tiles = tiles_per_head(problem, load_sequence(problem, 0, 0));
   const int64_t token_bytes = int64_t{p.head_dim + (p.values_in_keys ? 0 : p.head_dim_v)} *
                               (is_float8(p.cache_type) ? 1 : 2);
-  return {num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
-          problem.rows_per_item, static_cast<double>(token_bytes << problem.tile_tokens_log2),
-          static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
+  Items items{num_items(problem), ceil_div<int>(tiles, max_of<int>(problem.row_blocks, 1)),
+              problem.rows_per_item, static_cast<double>(token_bytes << problem.tile_tokens_log2),
+              static_cast<double>(int64_t{problem.rows_per_item} * p.head_dim_v * 4)};
+  if (kernel_head_dim(p) == kMaxHeadDim) items.copy_bytes_per_us = kWideBytesPerUs;
+  if (p.block_table) {
+    const double of_pages = page_bytes_per_us(p.page_size, 1 << problem.tile_tokens_log2);
+    items.copy_bytes_per_us = std::min(items.copy_bytes_per_us, of_pages);
+  }
+  return items;
 }
 
 // The layout that LEANATTN_LAYOUT names, for tests and the sweep of bench/tune.py.
@@ -58,13 +64,22 @@ LayoutChoice forced_layout(const DecodeParams& p, const Items& items, const Mach
     if (!condition) throw PlanError("LEANATTN_LAYOUT", text..., ", got '", name, "'");
   };
   const bool clustered = name.starts_with("clusters:");
-  require(clustered || name.starts_with("teams:"), "must be 'stream_k', 'teams:N' or 'clusters:N'");
-  const int size = knob_number("LEANATTN_LAYOUT", name.substr(name.find(':') + 1));
+  require(clustered || name.starts_with("teams:"),
+          "must be 'stream_k', 'teams:N', 'clusters:N' or 'clusters:N*M'");
+  std::string_view numbers = name.substr(name.find(':') + 1);
+  int num_clusters = 1;
+  if (const size_t star = numbers.find('*'); clustered && star != numbers.npos) {
+    num_clusters = knob_number("LEANATTN_LAYOUT", numbers.substr(star + 1));
+    numbers = numbers.substr(0, star);
+  }
+  const int size = knob_number("LEANATTN_LAYOUT", numbers);
   require(!clustered || (size >= 2 && size <= kMaxClusterSize && machine.max_clusters[size]),
           "must name clusters of 2 to ", kMaxClusterSize, " CTAs on a GPU that has them");
   require(!clustered || !p.batch_invariant, "must not name clusters with batch_invariant");
-  require(int64_t{items.count} * size <= INT32_MAX, "must ask for fewer than 2^31 units");
-  LayoutChoice choice = teams(items, machine, size, clustered);
+  require(int64_t{items.count} * size * num_clusters <= INT32_MAX,
+          "must ask for fewer than 2^31 units");
+  LayoutChoice choice =
+      clustered ? teams(items, machine, size, num_clusters) : teams(items, machine, 1, size);
   choice.layout.slack_tiles = 1 << 30;  // whatever the lengths are
   return choice;
 }
@@ -73,12 +88,15 @@ LayoutChoice forced_layout(const DecodeParams& p, const Items& items, const Mach
 // cost model says of it, us; 0 where there is no choice.
 double plan_layout(DecodeParams& p, int64_t rows, const Device& device) {
   Problem& problem = p.problem;
-  set_rows_per_item(p, device.rows_per_item(p, rows));
+  const ItemShape shape = device.item_shape(p, rows);
+  problem.tile_tokens_log2 = shape.tile_tokens_log2;
+  set_rows_per_item(p, shape.rows);
   Machine machine = device.machine(p);
   if (can_pair_heads(p, rows)) machine.bytes_per_us *= kShortRowSpeed;  // what pairs compete with
   double us = 0.0;
   p.is_uniform = !problem.cache_seqlens && !problem.cu_seqlens_q;
   p.layout = stream_k_layout(problem, machine.num_sms);
+  p.cluster_size = 1;
   if (problem.cu_seqlens_q) {
     check_stream_k("cu_seqlens_q");  // teams need as many items in every sequence
   } else if (knob("LEANATTN_NUM_UNITS").empty()) {
@@ -91,12 +109,14 @@ double plan_layout(DecodeParams& p, int64_t rows, const Device& device) {
     if (has_teams(choice.layout) && !p.is_uniform && problem.batch > 1) {
       // The device may fall back on stream-K, which wants all SMs.
       const int size = choice.layout.team_size;
-      const int fit = choice.is_clustered ? machine.max_clusters[size] : machine.num_sms / size;
+      const int clusters =
+          choice.cluster_size > 1 ? machine.max_clusters[choice.cluster_size] : machine.num_sms;
+      const int fit = clusters / (size / choice.cluster_size);
       choice.layout.team_slots = max_of(choice.layout.num_teams, fit);
       choice.layout.num_units = choice.layout.team_slots * size;
     }
     p.layout = choice.layout;
-    p.is_clustered = choice.is_clustered;
+    p.cluster_size = choice.cluster_size;
     us = choice.us;
   }
   return us;
@@ -138,6 +158,7 @@ void plan_decode_on_cpu(DecodeParams& p, int num_threads) {
   // As many rows as a query tile of the largest kernel: K is converted once for all of them.
   set_rows_per_item(p, 64);
   p.layout = stream_k_layout(p.problem, num_threads);
+  p.cluster_size = 1;
 }
 
 }  // namespace leanattn

@@ -24,7 +24,8 @@ inline bool has_counter_per_item(const DecodeParams& p) {
 
 // See counter_index.
 inline int num_counters(const DecodeParams& p) {
-  return has_counter_per_item(p) ? num_items(p.problem) : int{p.layout.num_units};
+  if (!has_counter_per_item(p)) return p.layout.num_units;
+  return num_items(p.problem) * (has_several_clusters(p) ? p.cluster_size : 1);
 }
 
 // Whether partials of cut items may go through global memory. Where teams take the items whatever the
@@ -32,7 +33,7 @@ inline int num_counters(const DecodeParams& p) {
 inline bool may_leave_partials(const DecodeParams& p) {
   if (p.layout.num_units == 1) return false;
   const bool teams_for_sure = has_teams(p.layout) && (p.is_uniform || p.problem.batch == 1);
-  return !teams_for_sure || (p.layout.team_size > 1 && !p.is_clustered);
+  return !teams_for_sure || p.layout.team_size > p.cluster_size;
 }
 
 inline WorkspacePlan plan_workspace(const DecodeParams& p, bool owns_counters, bool on_cuda) {

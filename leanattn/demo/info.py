@@ -15,7 +15,7 @@ _VARIABLES = {
     "LEANATTN_FEATURES": "lean, masked or all: what CUDA kernels must be able to do at least",
     "LEANATTN_HEAD_PAIRS": "1 or 0: two KV heads with short rows are read as one, or never",
     "LEANATTN_NUM_UNITS": "how many units share the work",
-    "LEANATTN_LAYOUT": "stream_k, teams:N or clusters:N: how CUDA kernels lay out the work",
+    "LEANATTN_LAYOUT": "stream_k, teams:N, clusters:N or clusters:N*M: how the work is laid out",
     "LEANATTN_LAUNCHES": "1 or 2: CUDA launches of an append_decode that can be one",
     "LEANATTN_BACKEND": "auto, leanattn or torch: where SDPA and transformers' decode steps go",
     "LEANATTN_CHECK": "1: wrong lengths raise instead of being clamped",

@@ -48,12 +48,14 @@ CUtensorMap make_map(const py::array& cache, int heads, int box_rows) {
 template <class Traits>
 void launch(const DecodeParams& params, const TensorMaps& maps, int stages, int fold_levels,
             int seed) {
+  constexpr int kMostStages = (227 * 1024 - Traits::kRingOffset) / Traits::kStageBytes;  // of sm_90
+  static_assert(kMostStages >= Traits::kFewestStages);
+  stages = std::min(stages, kMostStages);
   const RoomPlan room{stages, fold_levels};
   const size_t bytes = Traits::kRingOffset +
                        std::max(stages, Traits::kMinStages) * Traits::kStageBytes +
                        fold_levels * Traits::kFoldLevelBytes;
-  emulator::run(params.layout.num_units, params.is_clustered ? int{params.layout.team_size} : 1,
-                Traits::kThreads, bytes, seed, [&] { decode_kernel<Traits>(params, maps, room); });
+  emulator::run(params.layout.num_units, params.cluster_size, Traits::kThreads, bytes, seed, [&] { decode_kernel<Traits>(params, maps, room); });
 }
 
 // q [B, Sq, Hq, D], or [total_q, Hq, D] with cu_seqlens_q; caches [B, S, Hkv, D] or paged, of q's type
@@ -63,7 +65,7 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
                  std::optional<Floats> k_scale, std::optional<Floats> v_scale,
                  std::optional<Ints> cache_seqlens, std::optional<Ints> block_table,
                  std::optional<Ints> cu_seqlens_q, int window_left, int window_right, float scale,
-                 int rows, int num_units, int items_per_team, int team_size, bool clustered,
+                 int rows, int num_units, int items_per_team, int team_size, int cluster_size,
                  int slack_tiles, bool batch_invariant, bool head_pairs, bool tma, int stages,
                  bool wgmma, const std::string& features, int seed) {
   DecodeParams p{};
@@ -118,13 +120,19 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
     }
     p = pair_heads(p);
   }
+  const bool is_wide = std::max(p.head_dim, p.head_dim_v) > 256;
+  const Kind kind = batch_invariant        ? Kind::kTree
+                    : !wgmma               ? Kind::kMma
+                    : is_wide && rows < 64 ? Kind::kWgmmaKeys
+                                           : Kind::kWgmma;
+  if (is_wide && wgmma) problem.tile_tokens_log2 = kWideTileTokensLog2;
   problem.rows_per_item = rows;
   problem.row_blocks = row_blocks_of(problem.seqlen_q, problem.group_size, rows);
   const int slots = num_units / team_size;
   // As the cost model has it: several items a team by steps where they are many.
   const int step = items_per_team > 2 ? slots : 1;
   p.layout = {num_units, items_per_team, step, team_size, slots, slack_tiles, slots};
-  p.is_clustered = clustered;
+  p.cluster_size = cluster_size;
   p.is_uniform = !cache_seqlens && !ragged;
   if (p.is_uniform) p.uniform = make_uniform_line(problem, num_units);
   if (block_table) {
@@ -182,7 +190,6 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
     maps.cache[1] = make_maps(v);
   }
   const int fold_levels = batch_invariant ? 1 : 0;
-  const Kind kind = batch_invariant ? Kind::kTree : wgmma ? Kind::kWgmma : Kind::kMma;
   bool found = false;
   const auto with = [&]<int kHeadDim, int kRows, Kind kKind, class CacheElement = Float16,
                         class Features = AllFeatures>() {
@@ -206,6 +213,12 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
       with_few.template operator()<128, 16, LeanFeatures<true, false>>();
       with_few.template operator()<256, 8, LeanFeatures<false, false>>();
       with_few.template operator()<128, 8, LeanFeatures<true, true>, Float8>();
+      if (kind == Kind::kWgmmaKeys) {
+        with.template operator()<576, 16, Kind::kWgmmaKeys, Float16, LeanFeatures<true, false>>();
+      }
+      if (kind == Kind::kWgmma) {
+        with.template operator()<576, 64, Kind::kWgmma, Float16, LeanFeatures<true, false>>();
+      }
     } else {
       with_few.template operator()<128, 8, MaskedFeatures<false>>();
       with_few.template operator()<64, 16, MaskedFeatures<true>>();
@@ -232,6 +245,8 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   with.template operator()<128, 8, Kind::kTree, Float8>();
   with.template operator()<576, 16, Kind::kMma>();
   with.template operator()<576, 16, Kind::kTree>();
+  with.template operator()<576, 16, Kind::kWgmmaKeys>();
+  with.template operator()<576, 32, Kind::kWgmmaKeys>();
   with.template operator()<576, 64, Kind::kWgmma>();
   with.template operator()<576, 16, Kind::kMma, Float8>();
   if (!found) throw std::invalid_argument("not among the kernels compiled for the emulator");
@@ -252,7 +267,7 @@ PYBIND11_MODULE(emulated_kernel, m) {
         py::arg("v_scale") = py::none(), py::arg("cache_seqlens"), py::arg("block_table"),
         py::arg("cu_seqlens_q"), py::arg("window_left"), py::arg("window_right"), py::arg("scale"),
         py::arg("rows"), py::arg("num_units"), py::arg("items_per_team"), py::arg("team_size"),
-        py::arg("clustered"), py::arg("slack_tiles"), py::arg("batch_invariant"),
+        py::arg("cluster_size"), py::arg("slack_tiles"), py::arg("batch_invariant"),
         py::arg("head_pairs") = false, py::arg("tma"), py::arg("stages"), py::arg("wgmma"),
         py::arg("features") = "all", py::arg("seed"));
 }

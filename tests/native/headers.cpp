@@ -311,7 +311,7 @@ PYBIND11_MODULE(headers, m) {
   m.def(
       "plan_workspace",
       [](const Problem& problem, const Layout& layout, int head_dim, int head_dim_v,
-         bool is_uniform, bool is_clustered, bool batch_invariant, bool owns_counters,
+         bool is_uniform, int cluster_size, bool batch_invariant, bool owns_counters,
          bool on_cuda) {
         DecodeParams params{};
         params.problem = problem;
@@ -319,14 +319,14 @@ PYBIND11_MODULE(headers, m) {
         params.head_dim = head_dim;
         params.head_dim_v = head_dim_v;
         params.is_uniform = is_uniform;
-        params.is_clustered = is_clustered;
+        params.cluster_size = cluster_size;
         params.batch_invariant = batch_invariant;
         const int tiles = ceil_div(problem.capacity, 1 << problem.tile_tokens_log2);
         params.max_nodes = batch_invariant ? max_nodes(tiles) : 1;
         return plan_workspace(params, owns_counters, on_cuda);
       },
       py::arg("problem"), py::arg("layout"), py::kw_only(), py::arg("head_dim") = 128,
-      py::arg("head_dim_v") = 128, py::arg("is_uniform") = true, py::arg("is_clustered") = false,
+      py::arg("head_dim_v") = 128, py::arg("is_uniform") = true, py::arg("cluster_size") = 1,
       py::arg("batch_invariant") = false, py::arg("owns_counters") = true,
       py::arg("on_cuda") = true);
 
@@ -338,11 +338,14 @@ PYBIND11_MODULE(headers, m) {
         return machine;
       }));
   py::class_<Items>(m, "Items")
-      .def(py::init<int, int, int, double, double>(), py::arg("count"), py::arg("tiles"),
-           py::arg("rows"), py::arg("tile_bytes"), py::arg("partial_bytes"));
+      .def(py::init<int, int, int, double, double, double>(), py::arg("count"), py::arg("tiles"),
+           py::arg("rows"), py::arg("tile_bytes"), py::arg("partial_bytes"),
+           py::arg("copy_bytes_per_us") = std::numeric_limits<double>::infinity());
+  m.def("page_bytes_per_us", &page_bytes_per_us);
+  m.attr("kWideBytesPerUs") = kWideBytesPerUs;
   py::class_<LayoutChoice>(m, "LayoutChoice")
       .def_readonly("layout", &LayoutChoice::layout)
-      .def_readonly("is_clustered", &LayoutChoice::is_clustered)
+      .def_readonly("cluster_size", &LayoutChoice::cluster_size)
       .def_readonly("us", &LayoutChoice::us);
   m.def("stream_k",
         [](const Items& items, const Machine& machine) { return stream_k(items, machine); });

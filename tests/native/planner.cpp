@@ -25,11 +25,12 @@ struct FakeDevice final : Device {
       : of_capability(capability), row_counts(rows), num_sms(sms), clusters(max_clusters) {}
 
   int capability() const override { return of_capability; }
-  int rows_per_item(const DecodeParams&, int64_t rows) const override {
+  ItemShape item_shape(const DecodeParams& params, int64_t rows) const override {
+    const int tile_tokens_log2 = tile_tokens_log2_for(params.head_dim);
     for (const int count : row_counts) {
-      if (rows <= count) return count;
+      if (rows <= count) return {count, tile_tokens_log2};
     }
-    return row_counts.back();
+    return {row_counts.back(), tile_tokens_log2};
   }
   Machine machine(const DecodeParams& params) const override {
     asked_rows.push_back(params.problem.rows_per_item);
@@ -96,7 +97,7 @@ PYBIND11_MODULE(planner, m) {
       .def_readonly("head_dim", &DecodeParams::head_dim)
       .def_readonly("head_pairs", &DecodeParams::head_pairs)
       .def_readonly("is_uniform", &DecodeParams::is_uniform)
-      .def_readonly("is_clustered", &DecodeParams::is_clustered);
+      .def_readonly("cluster_size", &DecodeParams::cluster_size);
   m.def("plan_decode",
         [](DecodeParams p, const FakeDevice& device) { return plan_decode(p, device), p; });
   m.def("plan_decode_on_cpu",

@@ -2,8 +2,8 @@
 // copies it, segment by segment, and its consumers compute it.
 // Reading order: in core/ schedule.h, segment_walker.h, softmax_state.h, head_pairs.h; here traits.h,
 // locate.h, ring.h, rope.h, new_row.h, task_queue.h, loaders.h, loaders_paged.h, produce.h, empty_rows.h,
-// scoring.h, cache_fragments.h, depth_split.h, mainloop.h, mainloop_warpgroup.h, warp_merge.h, output.h,
-// fixup.h, cluster_fixup.h, tree_fixup.h.
+// scoring.h, cache_fragments.h, depth_split.h, mainloop.h, step_values.h,
+// mainloop_warpgroup.h, mainloop_keys.h, mainloop_wide_rows.h, warp_merge.h, output.h, fixup.h, cluster_fixup.h, tree_fixup.h.
 //
 // The start is short on purpose. In a model its code and parameters come cold from memory, a line at a
 // time, and all wait for the producer: so it copies the unit's first K, q and V before it does anything else.
@@ -22,10 +22,14 @@
 
 namespace leanattn {
 
+// Of each kind of products: by mma, by wgmma, and by that with the keys as its rows.
+template <class Traits, class ByMma, class ByWgmma, class ByKeys>
+using OfKind = std::conditional_t<Traits::kKeysAsRows, ByKeys,
+                                  std::conditional_t<Traits::kWgmma, ByWgmma, ByMma>>;
 template <class Traits>
-using PlaceOf = std::conditional_t<Traits::kWgmma, WarpgroupPlace<Traits>, WarpPlace<Traits>>;
+using PlaceOf = OfKind<Traits, WarpPlace<Traits>, WarpgroupPlace<Traits>, KeysPlace<Traits>>;
 template <class Traits>
-using StateOf = std::conditional_t<Traits::kWgmma, WarpgroupState<Traits>, WarpState<Traits>>;
+using StateOf = OfKind<Traits, WarpState<Traits>, WarpgroupState<Traits>, KeysState<Traits>>;
 
 // Tiles [tile_begin, tile_end) of a task's segment, with products of fp16 or bf16.
 template <class Traits>
@@ -36,8 +40,9 @@ __device__ __forceinline__ void run_main_loop(const DecodeParams& params,
                                               typename Traits::SharedStorage& smem,
                                               StateOf<Traits>& state) {
   const auto run = [&]<class Element>() {
-    using Loop = std::conditional_t<Traits::kWgmma, WarpgroupMainLoop<Traits, Element>,
-                                    MainLoop<Traits, Element>>;
+    using ByWgmma = std::conditional_t<Traits::kWide, WideRowsMainLoop<Traits, Element>,
+                                       WarpgroupMainLoop<Traits, Element>>;
+    using Loop = OfKind<Traits, MainLoop<Traits, Element>, ByWgmma, KeysMainLoop<Traits, Element>>;
     Loop(params, place, smem).run(task, tile_begin, tile_end, ring, state);
   };
   using Features = typename Traits::Features;
@@ -91,7 +96,7 @@ __device__ __forceinline__ void consume(const DecodeParams& params, int unit, Ri
         if (has_output<Traits>(params, segment, row, dim)) {
           write_quad<Traits>(params, segment, row, dim, merged);
         }
-      } else if (params.is_clustered && smem.in_teams) {
+      } else if (params.cluster_size > 1 && smem.in_teams) {
         store_cluster_partial<Traits>(smem, row, dim, merged);
       } else {
         store_partial<Traits>(params, partial_index(params, task->partial_slot, 0), row, dim,
@@ -102,7 +107,7 @@ __device__ __forceinline__ void consume(const DecodeParams& params, int unit, Ri
     mark(params, Mark::kMerged, threadIdx.x == 0);
     tasks.pop();
   }
-  if (params.is_clustered && smem.in_teams) {
+  if (params.cluster_size > 1 && smem.in_teams) {
     cluster_fix_up<Traits>(params, unit, smem);
   } else {
     fix_up<Traits>(params, smem, [&](const typename Traits::CutSegment& cut) {
@@ -165,13 +170,14 @@ __device__ __forceinline__ void consume_in_tree(const DecodeParams& params, int 
   });
 }
 
-// The whole life of the producer and of the helper, who by cp.async share the copying.
+// The whole life of the producer, and of the helpers, who by cp.async share the copying. copier: 0 is the
+// producer.
 template <class Traits>
 __device__ __forceinline__ void bring_share(const DecodeParams& params, const TensorMaps& maps,
-                                            bool is_producer, Ring<Traits> ring,
-                                            TaskQueue<Traits> tasks,
+                                            int copier, Ring<Traits> ring, TaskQueue<Traits> tasks,
                                             typename Traits::SharedStorage& smem) {
   constexpr bool kHasCpAsync = !Traits::Features::kFixedLoader || LEANATTN_ARCH < 900;
+  const bool is_producer = copier == 0;
   const bool by_tma = uses_tma<Traits>(maps);
   const int arrivals = by_tma ? TmaLoader<Traits>::kArrivals : CpAsyncLoader<Traits>::kArrivals;
   mark(params, Mark::kEntry, is_producer && threadIdx.x % 32 == 0);
@@ -197,23 +203,23 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
     __syncwarp();
     // Of those who wait alone: a warp that has left would seem to be missing at a barrier of all threads.
     ptx::bar_arrive(kSetupBarrier, Traits::kConsumerThreads + 32);
-    if (!by_tma) ptx::bar_arrive(kHelperBarrier, 64);
+    if (!by_tma) ptx::bar_arrive(kHelperBarrier, Traits::kCopyWarps * 32);
   };
   const auto walker = locate<Traits>(params, blockIdx.x, smem, init_first);
   if (is_producer && cute::elect_one_sync()) smem.in_teams = walker.in_team();
   if (by_tma) {
     PageQueue<Traits> pages(params, walker, whole_tile<Traits>(), true, smem.page_ids[0]);
     EitherLoader<Traits, TmaLoader<Traits>, PagedTmaLoader<Traits>> loader(
-        params, {}, PagedTmaLoader<Traits>(params, maps, pages));
+        params, {}, PagedTmaLoader<Traits>(maps, pages));
     produce<Traits>(params, maps, walker, loader, ring, tasks, true, set_up);
   } else if constexpr (kHasCpAsync) {
     if (is_producer) {
-      set_up();  // before the first copy, since the helper copies too
+      set_up();  // before the first copy, since the helpers copy too
     } else {
-      ptx::bar_sync(kHelperBarrier, 64);
+      ptx::bar_sync(kHelperBarrier, Traits::kCopyWarps * 32);
     }
-    const KeyRange part = half_tile<Traits>(!is_producer);
-    PageQueue<Traits> pages(params, walker, part, false, smem.page_ids[!is_producer]);
+    const KeyRange part = part_of_tile<Traits>(copier);
+    PageQueue<Traits> pages(params, walker, part, false, smem.page_ids[copier]);
     EitherLoader<Traits, CpAsyncLoader<Traits>, PagedCpAsyncLoader<Traits>> loader(
         params, {part}, PagedCpAsyncLoader<Traits>(pages));
     produce<Traits>(params, maps, walker, loader, ring, tasks, is_producer, [] {});
@@ -221,7 +227,7 @@ __device__ __forceinline__ void bring_share(const DecodeParams& params, const Te
   }
 }
 
-// The helper where the producer needs no help to copy.
+// A helper where the producer needs no help to copy.
 __device__ __forceinline__ void fetch_descriptors(const TensorMaps& maps) {
 #if LEANATTN_ARCH >= 900
   if (cute::elect_one_sync()) {
@@ -260,9 +266,9 @@ __device__ __forceinline__ void decode_share(const DecodeParams& params, const T
   if constexpr (Traits::kMovesRegisters) {
     cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
   }
-  const bool is_producer = warp == Traits::kProducerWarp;
-  if (is_producer || (warp == Traits::kHelperWarp && !uses_tma<Traits>(maps))) {
-    bring_share<Traits>(params, maps, is_producer, ring, tasks, smem);
+  const int copier = warp - Traits::kProducerWarp;
+  if (copier == 0 || !uses_tma<Traits>(maps)) {
+    bring_share<Traits>(params, maps, copier, ring, tasks, smem);
   } else if (warp == Traits::kHelperWarp) {
     fetch_descriptors(maps);
   }

@@ -29,7 +29,7 @@ __device__ __forceinline__ void write_empty_row(const DecodeParams& params, int 
   if (threadIdx.x % 32 == 0 && params.lse) params.lse[lse_offset(params, seq, q_row, head)] = lse;
 }
 
-// Rows [begin, end) of packed queries, which belong to no sequence, by the CTAs' helper warps in turn.
+// Rows [begin, end) of packed queries, which belong to no sequence, by the CTAs' first helper warps in turn.
 template <class Traits>
 __device__ __forceinline__ void write_uncovered_rows(const DecodeParams& params, int begin,
                                                      int end) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ int largest_offset(const Problem& problem, int last) 
   return WarpGroup{}.largest(largest);
 }
 
-// By the helper warps of all CTAs, each with a stripe of neighbouring sequences, 32 at a time.
+// By the first helper warps of all CTAs, each with a stripe of neighbouring sequences, 32 at a time.
 template <class Traits>
 __device__ __forceinline__ void write_empty_rows(const DecodeParams& params) {
   constexpr bool kPlain = Traits::kPlainItems;

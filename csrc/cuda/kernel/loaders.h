@@ -110,14 +110,15 @@ struct RowCopy {
   }
 };
 
-// What a producer warp copies of every tile: rows [begin, end).
+// What a warp copies of every tile: rows [begin, end).
 template <class Traits>
 __device__ __forceinline__ KeyRange whole_tile() {
   return {0, Traits::kTile};
 }
 template <class Traits>
-__device__ __forceinline__ KeyRange half_tile(bool second) {
-  return {second ? Traits::kTile / 2 : 0, second ? Traits::kTile : Traits::kTile / 2};
+__device__ __forceinline__ KeyRange part_of_tile(int copier) {
+  constexpr int kRowsOfPart = Traits::kTile / Traits::kCopyWarps;
+  return {copier * kRowsOfPart, (copier + 1) * kRowsOfPart};
 }
 
 // Rows of `part` of the tile that starts at token `tile_token` which hold visible keys.
@@ -160,10 +161,10 @@ struct TmaLoader {
   }
 };
 
-// By all lanes of both producer warps.
+// By all lanes of all warps that copy.
 template <class Traits>
 struct CpAsyncLoader {
-  static constexpr int kArrivals = 64;
+  static constexpr int kArrivals = Traits::kCopyWarps * 32;
 
   KeyRange part;  // of this warp
 

@@ -13,7 +13,7 @@ namespace leanattn {
 template <class Traits>
 class PageQueue {
  public:
-  using Slot = int32_t[Traits::kTile / 2];
+  using Slot = int32_t[Traits::kTile / Traits::kCopyWarps];
 
   // `walker`: of the share's start. A whole tile as `part` is for pages of 8 tokens or more alone.
   // `first_alone`: the first tile does not wait until those of all slots have been asked for; for copies
@@ -114,14 +114,13 @@ class PagedLoader {
   PageQueue<Traits> pages_;
 };
 
-// Boxes that lie inside one page: the tile's largest power of two that divides a page. By one lane, box
-// after box: asking the other lanes where each lies would take longer than looking it up.
+// Boxes that lie inside one page: the tile's largest power of two that divides a page. By one lane, which looks
+// up where a few of them lie before it copies the first: one by one, each would wait for its page's number.
 template <class Traits>
 class PagedTmaLoader : public PagedLoader<Traits> {
  public:
-  __device__ __forceinline__ PagedTmaLoader(const DecodeParams& params, const TensorMaps& maps,
-                                            const PageQueue<Traits>& pages)
-      : PagedLoader<Traits>(pages), maps_(maps), page_size_(params.page_size) {}
+  __device__ __forceinline__ PagedTmaLoader(const TensorMaps& maps, const PageQueue<Traits>& pages)
+      : PagedLoader<Traits>(pages), maps_(maps) {}
 
   __device__ __forceinline__ void load(const CacheView<typename Traits::CacheElement>& cache,
                                        const Segment& segment, int tile_token,
@@ -136,36 +135,38 @@ class PagedTmaLoader : public PagedLoader<Traits> {
     const int last = ((rows.end - 1) >> box_rows_log2) + 1;
     cutlass::arch::ClusterTransactionBarrier::arrive_and_expect_tx(
         ring.full_barrier(), ((last - first) << box_rows_log2) * 128 * Traits::kColumnBlocks);
-    const int token = tile_token + (first << box_rows_log2);
-    int index = token / page_size_;
-    int row_of_page = token - index * page_size_;
-    uint8_t* box_smem = ring.stage_smem() + (first << box_rows_log2) * 128;
 #pragma unroll 1
-    for (int box = first; box < last; ++box) {
-      const int page = this->pages_.page(index);
+    for (int box = first; box < last; box += kBoxesAtOnce) {
+      CacheRow at[kBoxesAtOnce];
 #pragma unroll
-      for (int block = 0; block < Traits::kColumnBlocks; ++block) {
-        cute::SM90_TMA_LOAD_4D::copy(
-            map, ring.full_barrier(), static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
-            box_smem + block * (Traits::kTile * 128), block * Traits::kBlockColumns, row_of_page,
-            segment.head, page);
+      for (int i = 0; i < kBoxesAtOnce; ++i) {
+        // The last one again in place of those beyond it, whose pages are not known.
+        at[i] = this->pages_.find(tile_token + (min_of(box + i, last - 1) << box_rows_log2));
       }
-      box_smem += 128 << box_rows_log2;
-      row_of_page += 1 << box_rows_log2;
-      if (row_of_page == page_size_) {
-        row_of_page = 0;
-        ++index;
+#pragma unroll
+      for (int i = 0; i < kBoxesAtOnce; ++i) {
+        if (box + i >= last) break;
+        uint8_t* box_smem = ring.stage_smem() + ((box + i) << box_rows_log2) * 128;
+#pragma unroll
+        for (int block = 0; block < Traits::kColumnBlocks; ++block) {
+          cute::SM90_TMA_LOAD_4D::copy(
+              map, ring.full_barrier(),
+              static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL),
+              box_smem + block * (Traits::kTile * 128), block * Traits::kBlockColumns, at[i].row,
+              segment.head, at[i].page);
+        }
       }
     }
 #endif
   }
 
  private:
+  static constexpr int kBoxesAtOnce = 4;
+
   const TensorMaps& maps_;
-  FastDivisor page_size_;
 };
 
-// Any page size, by both producer warps. A lane works out where one row in 32 lies and the others ask it.
+// Any page size, by all warps that copy. A lane works out where one row in 32 lies and the others ask it.
 template <class Traits>
 class PagedCpAsyncLoader : public PagedLoader<Traits> {
  public:

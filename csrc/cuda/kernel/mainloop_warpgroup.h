@@ -5,6 +5,7 @@
 #pragma once
 
 #include "mainloop.h"
+#include "step_values.h"
 #include "wgmma.h"
 
 namespace leanattn {
@@ -55,6 +56,8 @@ struct WarpgroupState {
 
 template <class Traits, class Element>
 class WarpgroupMainLoop {
+  static_assert(!Traits::kWide, "K and V are apart here");
+
  public:
   using Place = WarpgroupPlace<Traits>;
   using State = WarpgroupState<Traits>;
@@ -64,7 +67,7 @@ class WarpgroupMainLoop {
 
   __device__ __forceinline__ WarpgroupMainLoop(const DecodeParams& params, const Place& place,
                                                typename Traits::SharedStorage&)
-      : scoring_(params), params_(params), place_(place) {}
+      : scoring_(params), place_(place) {}
 
   // Tiles [tile_begin, tile_end) of a segment.
   __device__ __forceinline__ void run(const typename Traits::Task& task, int tile_begin,
@@ -90,9 +93,8 @@ class WarpgroupMainLoop {
   __device__ __forceinline__ void take_tile(int tile, Ring<Traits>& ring, State& state) {
     const KeyRange any = segment_->keys.any;
     const KeyRange all = segment_->keys.all;
-    const bool one_stage = values_in_keys<Traits>(params_);
     const Ring<Traits> keys = ring;
-    if (!one_stage) ring.advance();
+    ring.advance();
     const Ring<Traits> values = ring;
     ring.advance();
     keys.wait_full();
@@ -105,7 +107,7 @@ class WarpgroupMainLoop {
       const bool everything = token >= all.begin && all.end - token >= kStepTokens;
       Products products;
       if (!nothing && warpgroup_has_rows_) multiply_keys(keys.stage_smem(), row, products);
-      if (step == Traits::kSteps - 1 && !one_stage) keys.release();
+      if (step == Traits::kSteps - 1) keys.release();
       if (nothing) {
         values.wait_full();  // before the release, as ever
         continue;
@@ -118,10 +120,15 @@ class WarpgroupMainLoop {
       }
       values.wait_full();
       if (!everything) {
-        // The other warpgroup has read the keys.
-        if (one_stage) ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);
-        clear_unseen_values(values.stage_smem(), row, token);
-        if (spoils_some_rows(values.stage_smem(), row, token)) {
+        const StepTokens tokens{token, row, kStepTokens};
+        if (token < any.begin || any.end - token < kStepTokens) {
+          clear_unseen_values<Traits>(values.stage_smem(), tokens, segment_->keys,
+                                      threadIdx.x % Traits::kSliceThreads, Traits::kSliceThreads);
+          // The zeros are for wgmma, and come before the copy that refills the stage.
+          ptx::fence_proxy_async();
+          ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);  // all are written
+        }
+        if (spoils_some_rows<Traits, Element>(values.stage_smem(), tokens, segment_->keys)) {
           multiply_values_by_token(values.stage_smem(), row, token, probabilities, state);
           continue;
         }
@@ -231,60 +238,6 @@ class WarpgroupMainLoop {
     }
   }
 
-  // Calls visit(chunk_smem) for the 16-byte chunks of values of a step's keys, `threads` at a time.
-  template <class Visit>
-  __device__ __forceinline__ void for_each_chunk(uint8_t* v_smem, int row, int token, KeyRange keys,
-                                                 int thread, int threads, Visit visit) const {
-    constexpr int kChunks = Traits::kHeadDimV / 8;
-    const int first = clamp_to(keys.begin - token, 0, kStepTokens);
-    const int last = clamp_to(keys.end - token, 0, kStepTokens);
-#pragma unroll 1
-    for (int i = first * kChunks + thread; i < last * kChunks; i += threads) {
-      visit(v_smem + swizzled_offset<Traits::kTile>(row + i / kChunks, i % kChunks));
-    }
-  }
-
-  // Zeroes the values of the step that no row sees: they may be anything, NaN too, and 0 * NaN is NaN.
-  // By all warps that share the slice.
-  __device__ __forceinline__ void clear_unseen_values(uint8_t* v_smem, int row, int token) const {
-    const KeyRange any = segment_->keys.any;
-    if (token >= any.begin && any.end - token >= kStepTokens) return;
-    const auto clear = [&](KeyRange keys) {
-      for_each_chunk(v_smem, row, token, keys, threadIdx.x % Traits::kSliceThreads,
-                     Traits::kSliceThreads,
-                     [](uint8_t* chunk_smem) { *reinterpret_cast<uint4*>(chunk_smem) = uint4{}; });
-    };
-    clear({0, any.begin});
-    clear({any.end, INT32_MAX});
-    // The zeros are for wgmma, and come before the copy that refills the stage.
-    ptx::fence_proxy_async();
-    ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);  // all zeros are written
-  }
-
-  // True if the step holds a NaN or infinite value of a token that some rows see and others do not:
-  // in wgmma it would also reach the rows whose probability for it is 0. Every warp looks at all.
-  __device__ __forceinline__ bool spoils_some_rows(uint8_t* v_smem, int row, int token) const {
-    const KeyRange any = segment_->keys.any;
-    const KeyRange all = segment_->keys.all;
-    if (segment_->keys.alike()) return false;
-    bool spoils = false;
-    const auto look_at = [&](KeyRange keys) {
-      for_each_chunk(
-          v_smem, row, token, keys, threadIdx.x % 32, 32, [&](const uint8_t* chunk_smem) {
-            const uint4 chunk = *reinterpret_cast<const uint4*>(chunk_smem);
-            spoils |= has_nonfinite<Element>(chunk.x) || has_nonfinite<Element>(chunk.y) ||
-                      has_nonfinite<Element>(chunk.z) || has_nonfinite<Element>(chunk.w);
-          });
-    };
-    if (all.empty()) {
-      look_at(any);
-    } else {
-      look_at({any.begin, all.begin});
-      look_at({all.end, any.end});
-    }
-    return __any_sync(~0u, spoils);
-  }
-
   // The slow and exact way, without wgmma: each token's value is added only to the rows that see it.
   __device__ __forceinline__ void multiply_values_by_token(const uint8_t* v_smem, int row,
                                                            int token, Probabilities& probabilities,
@@ -323,7 +276,6 @@ class WarpgroupMainLoop {
   }
 
   Scoring<Traits> scoring_;
-  const DecodeParams& params_;
   const Place& place_;
   const Segment* segment_;
   uint64_t q_;  // operand of the warpgroup's 64 rows

@@ -8,8 +8,8 @@
 
 namespace leanattn {
 
-// The producer warp's whole life after it has found its share; by cp.async the helper's too, which copies
-// the other half of every tile and has no tasks. `loader`: of the call's caches. set_up(): initialises the
+// The producer warp's whole life after it has found its share; by cp.async the helpers' too, which copy
+// the other parts of every tile and have no tasks. `loader`: of the call's caches. set_up(): initialises the
 // barriers that the first tile does not need, and tells the others.
 template <class Traits, class Walk, class Loader, class SetUp>
 __device__ __forceinline__ void produce(const DecodeParams& params, const TensorMaps& maps,

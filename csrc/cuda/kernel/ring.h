@@ -38,7 +38,7 @@ class Ring {
 
   // `bulk_copies`: by the copy engine, else by cp.async.
   __device__ __forceinline__ Ring(SharedStorage& smem, int num_stages, bool bulk_copies)
-      : smem_(smem), num_stages_(num_stages), bulk_copies_(bulk_copies) {}
+      : smem_(&smem), num_stages_(num_stages), bulk_copies_(bulk_copies) {}
 
   // By one lane of the producer: the barriers of the first tile's stages, before its first copy, and all
   // others, before the set-up barrier. `arrivals` fill a stage.
@@ -46,17 +46,19 @@ class Ring {
   __device__ __forceinline__ void init_rest(int arrivals) { init(2, Traits::kMaxStages, arrivals); }
 
   __device__ __forceinline__ uint8_t* stages_smem() const {
-    return reinterpret_cast<uint8_t*>(&smem_) + Traits::kRingOffset;
+    return reinterpret_cast<uint8_t*>(smem_) + Traits::kRingOffset;
   }
   __device__ __forceinline__ uint8_t* stage_smem() const {
     return stages_smem() + position_.stage * Traits::kStageBytes;
   }
-  __device__ __forceinline__ uint64_t* full_barrier() const { return &smem_.full[position_.stage]; }
+  __device__ __forceinline__ uint64_t* full_barrier() const {
+    return &smem_->full[position_.stage];
+  }
 
   // Producer: until every consumer warp has read the stage. A fresh barrier counts as just past the
   // phase of parity 1, so that the first round does not wait.
   __device__ __forceinline__ void wait_empty() const {
-    ptx::mbarrier_wait_parity(&smem_.empty[position_.stage], position_.phase ^ 1);
+    ptx::mbarrier_wait_parity(&smem_->empty[position_.stage], position_.phase ^ 1);
     // No lane may fall a whole round behind the one that copies: it would wait for a phase long gone.
     __syncwarp();
   }
@@ -73,7 +75,7 @@ class Ring {
   // Consumer, whole warp: done reading. The lanes' reads come before lane 0's arrival.
   __device__ __forceinline__ void release() const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem_.empty[position_.stage]);
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&smem_->empty[position_.stage]);
   }
 
   __device__ __forceinline__ void advance() { position_.advance(num_stages_); }
@@ -83,12 +85,12 @@ class Ring {
   __device__ __forceinline__ void init(int begin, int end, int arrivals) {
 #pragma unroll
     for (int stage = begin; stage < end; ++stage) {  // a few stores, and no loop
-      ptx::mbarrier_init(&smem_.full[stage], arrivals);
-      ptx::mbarrier_init(&smem_.empty[stage], Traits::kConsumerWarps);
+      ptx::mbarrier_init(&smem_->full[stage], arrivals);
+      ptx::mbarrier_init(&smem_->empty[stage], Traits::kConsumerWarps);
     }
   }
 
-  SharedStorage& smem_;
+  SharedStorage* smem_;
   int num_stages_;
   bool bulk_copies_;
   RingPosition position_;

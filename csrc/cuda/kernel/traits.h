@@ -1,10 +1,11 @@
 // The compile-time side of the kernel: what one CTA looks like, and its shared memory.
 //
-// A CTA has eight consumer warps, a producer warp and a helper warp. The producer walks the unit's share:
+// A CTA has eight consumer warps, a producer warp and helper warps. The producer walks the unit's share:
 // it keeps a ring of stages filled, each with one tile of K or of V, in turn, tells the consumers which
 // segments the tiles are of, and brings the segments' q rows. The consumers split a tile's TOKENS into
-// slices, each with a softmax state of its own for all query rows. The helper fills the rows that see no
-// key; and where copies are by cp.async, every 16 bytes an instruction, it takes a half of each tile.
+// slices, each with a softmax state of its own for all query rows. The first helper fills the rows that see
+// no key; and where copies are by cp.async, every 16 bytes an instruction, producer and helpers copy equal
+// parts of each tile.
 //
 // The products run in one of two ways.
 //
@@ -17,10 +18,13 @@
 // wgmma reads straight from the ring:  S = Q K^T  and  O = P V.  With two halves of Dv, for the same
 // reason, or with 128 rows, the two warpgroups take the same slice.
 //
+// A wide head with few rows has the best of both: keys and values are wgmma's 64 rows, and the query rows
+// its columns (mainloop_keys.h). A slice is every other tile.
+//
 // Wide heads, D to 576 and Dv to 512, are those of multi-head latent attention: one KV head, whose values
 // are its keys' first columns, so that one stage is both. By mma the four warps of a slice share out D,
-// too, and add up each other's products (depth_split.h). By wgmma O fills the registers of two
-// warpgroups so well that they take some of the other warps'.
+// too, and add up each other's products (depth_split.h). By wgmma the two warpgroups share out a tile's scores
+// and Dv (mainloop_wide_rows.h), and O fills their registers so well that they take some of the other warps'.
 #pragma once
 
 #include <cstdint>
@@ -52,13 +56,14 @@ struct RoomPlan {
 // The CTA's hardware barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;  // among the consumer warps
 constexpr int kSetupBarrier = 2;     // the consumers wait for the producer's set-up
-constexpr int kHelperBarrier = 3;    // the helper does, where it copies
+constexpr int kHelperBarrier = 3;    // the helpers do, where they copy
 constexpr int kSliceBarrier = 4;     // and more: among the warps that share a slice
 
 enum class Kind {
   kMma,    // products by mma
   kTree,   // the same, and tiles merged in a fixed tree, for batch_invariant: up to kFoldRows rows
-  kWgmma,  // products by wgmma
+  kWgmma,  // products by wgmma, query rows its 64 rows
+  kWgmmaKeys,  // the same, keys and values its 64 rows: of wide heads
 };
 
 // A number of a float8 cache, whose format DecodeParams::cache_type says.
@@ -123,35 +128,47 @@ struct DecodeTraits {
   using Params = std::conditional_t<kAppends, AppendDecodeParams, DecodeParams>;
   using CacheElement = CacheElement_;  // of K and V in memory: Float16 or Float8
   static constexpr bool kFloat8 = std::is_same_v<CacheElement, Float8>;
-  static_assert(!kFloat8 || kKind != Kind::kWgmma, "wgmma reads the caches as they are");
   static constexpr int kHeadDim = kHeadDim_;                     // D, padded: 64, 128, 256 or 576
   static constexpr int kHeadDimV = padded_head_dim_v(kHeadDim);  // Dv, padded: the same, or 512
   static constexpr bool kWide = kHeadDim > 256;
   static constexpr int kRows = kRows_;  // packed query rows, padded: 8..64, or 128 by wgmma
-  static constexpr bool kWgmma = kKind == Kind::kWgmma;
+  static constexpr bool kKeysAsRows = kKind == Kind::kWgmmaKeys;
+  static constexpr bool kWgmma = kKind == Kind::kWgmma || kKeysAsRows;
+  static_assert(!kFloat8 || !kWgmma, "wgmma reads the caches as they are");
+  static_assert(!kKeysAsRows || (kWide && kRows <= 32),
+                "O^T of more rows has no room in registers");
   static constexpr bool kTree = kKind == Kind::kTree;
   static_assert(!kTree || kRows <= kFoldRows, "batch-invariant items have few rows");
-  static constexpr int kTile = 1 << tile_tokens_log2_for(kHeadDim);  // tokens
+  static constexpr int kTileLog2 =
+      kWide && kWgmma ? kWideTileTokensLog2 : tile_tokens_log2_for(kHeadDim);
+  static constexpr int kTile = 1 << kTileLog2;  // tokens
 
   static constexpr int kConsumerWarps = 8;
   static constexpr int kConsumerThreads = kConsumerWarps * 32;
   static constexpr int kProducerWarp = kConsumerWarps;
-  static constexpr int kHelperWarp = kConsumerWarps + 1;
-  // Registers are handed over by whole warpgroups; the two warps more only bring their own.
-  static constexpr bool kMovesRegisters = kWgmma && kWide;
-  static constexpr int kThreads = kConsumerThreads + (kMovesRegisters ? 128 : 64);
+  static constexpr int kHelperWarp = kConsumerWarps + 1;  // the first
+  // Registers are handed over by whole warpgroups.
+  static constexpr bool kMovesRegisters = kWgmma && kWide && kRows > 16;
+  // Who copy by cp.async, the producer among them. Registers are given to four warps at a time, so that two
+  // more cost the others none; a kernel that has TMA for whatever is common does without.
+  static constexpr int kCopyWarps = Features::kFixedLoader && !kMovesRegisters ? 2 : 4;
+  static constexpr int kThreads = kConsumerThreads + kCopyWarps * 32;
   // 2 * 216 + 72 = 3 * 168, which 12 warps are given.
   static constexpr int kConsumerRegisters = 216;
   static constexpr int kProducerRegisters = 72;
 
   // A warp's part of the [tokens, rows, Dv] space. wgmma has 16 of 64 rows for each of its warps,
   // though there may be fewer.
-  static constexpr int kWarpDim = min_of(kHeadDimV, kMovesRegisters ? 256 : 128);
-  static constexpr int kWarpRows = kWgmma ? 16 : min_of(kRows, 2048 / kWarpDim);
-  static constexpr int kRowGroups = (kWgmma ? max_of(kRows, 64) : kRows) / kWarpRows;
+  static constexpr int kWarpDim =
+      kKeysAsRows ? kHeadDimV : min_of(kHeadDimV, kMovesRegisters ? 256 : 128);
+  static constexpr int kWarpRows = kKeysAsRows ? kRows
+                                   : kWgmma    ? 16
+                                               : min_of(kRows, 2048 / kWarpDim);
+  static constexpr int kRowGroups =
+      (kWgmma && !kKeysAsRows ? max_of(kRows, 64) : kRows) / kWarpRows;
   static constexpr int kDimGroups = kHeadDimV / kWarpDim;
-  static constexpr int kSlices = kConsumerWarps / (kRowGroups * kDimGroups);
-  static constexpr int kSliceTokens = kTile / kSlices;
+  static constexpr int kSlices = kKeysAsRows ? 2 : kConsumerWarps / (kRowGroups * kDimGroups);
+  static constexpr int kSliceTokens = kKeysAsRows ? kTile : kTile / kSlices;
   static constexpr int kSliceThreads = kConsumerThreads / kSlices;
 
   // In mma.m16n8k16 steps.
@@ -169,7 +186,7 @@ struct DecodeTraits {
   static constexpr int kWarpDepthSteps = ceil_div(kDepthSteps / 2, kDepthParts) * 2;
 
   // wgmma reads 64 rows, though nobody reads what comes of those beyond kRows.
-  static constexpr int kQueryRows = kWgmma ? max_of(kRows, 64) : kRows;
+  static constexpr int kQueryRows = kWgmma && !kKeysAsRows ? max_of(kRows, 64) : kRows;
 
   // Tokens that wgmma takes at once: their scores share the registers with O.
   static constexpr int kStepTokens = min_of(kTile, 64);
@@ -198,13 +215,17 @@ struct DecodeTraits {
   static constexpr int kStageBytes = kTile * kColumnBlocks * 128;
 
   // The warps' states meet here, 8 rows of a row group at a time: of every row group, or by wgmma, which
-  // needs the room for q, of two. A row is longer than it need be: then the accumulators of a warp go
-  // to different banks.
-  static constexpr int kMergeGroups = kWgmma ? 2 : kRowGroups;
+  // needs the room for q, of two at most. A row is longer than it need be: then the accumulators of a warp
+  // go to different banks.
+  static constexpr int kMergeGroups = kWgmma ? min_of(kRowGroups, 2) : kRowGroups;
   static constexpr int kMergeRows = kMergeGroups * 8;
-  static constexpr int kMergePitch = kHeadDimV + (kWgmma ? 8 : 4);
+  static constexpr int kMergePitch = kHeadDimV + (kWgmma && !kKeysAsRows ? 8 : 4);
 
-  static constexpr int kMaxStages = 227 * 1024 / kStageBytes;  // a CTA of sm_90 has so much memory
+  // Of wide heads by wgmma, warps meet that have other tokens of the same rows.
+  static constexpr bool kMeets = kWide && kWgmma;
+
+  // A CTA of sm_90 has so much memory, of which q of those wide heads leaves room for two.
+  static constexpr int kMaxStages = kMeets ? 2 : 227 * 1024 / kStageBytes;
   // The fixup's partials, of four elements a thread: they come into the ring, so many at least at a time.
   static constexpr int kPartialsAtOnce = 4;
   static constexpr int kPartialBytes = kConsumerThreads * (sizeof(float4) + sizeof(float2));
@@ -213,8 +234,8 @@ struct DecodeTraits {
   static constexpr int kFewestStages =
       max_of((kWgmma && kSteps > 1) || Features::kFixedLoader ? 2 : 1,
              ceil_div(kPartialsAtOnce* kPartialBytes, kStageBytes));
-  // Tiles that the page ids of paged caches are fetched ahead: 7 us or more of reading by one SM.
-  static constexpr int kPageSlots = kWide ? 16 : 8;
+  // Tiles that the page ids of paged caches are fetched ahead: 4 us or more of reading by one SM.
+  static constexpr int kPageSlots = !kWide ? 8 : kWgmma ? 2 : 16;
   static constexpr int kTasks = kRows * kHeadDim <= 2048 ? 4 : kMovesRegisters ? 1 : 2;
 
   struct Nothing {};
@@ -253,28 +274,44 @@ struct DecodeTraits {
     bool is_last_to_arrive;
   };
 
+  // Where those warps meet: P, an operand, and numbers of each row, of two turns.
+  struct Meeting {
+    alignas(1024) uint8_t p[kQueryRows * 128];  // [rows][64 tokens], swizzled
+    float rows[2][kKeysAsRows ? 4 : 2][kRows];  // of each warp of a warpgroup, or of each warpgroup
+  };
+
+  // The warps' states where they meet at the end of a segment.
+  struct MergeMemory {
+    alignas(16) float o[kSlices][kMergeRows][kMergePitch];
+    float max[kSlices][kMergeRows];
+    float sum[kSlices][kMergeRows];
+  };
+  // With 64 rows of a wide head it has room in q alone, which is read no more by then.
+  static constexpr bool kMergesInQuery = kMovesRegisters && !kKeysAsRows;
+
   // Products over parts of D, of two tiles in turn: as each lane has them.
   using ScoreParts = float4[2][kConsumerWarps][kTokenSteps * kRowSteps][32];
 
   struct SharedStorage {
     Task tasks[kTasks];
+    [[no_unique_address]] std::conditional_t<kMeets, Meeting[kSlices], Nothing> meetings;
     CutSegment cuts[2];  // by the producer, as is what follows; the consumers have it with a task
     int num_cuts;
     bool in_teams;  // the units do, rather than share out the line
     [[no_unique_address]] std::conditional_t<kSplitsDepth, ScoreParts, Nothing> score_parts;
-    alignas(16) float merge_o[kSlices][kMergeRows][kMergePitch];
-    float merge_max[kSlices][kMergeRows];
-    float merge_sum[kSlices][kMergeRows];
+    [[no_unique_address]] std::conditional_t<kMergesInQuery, Nothing, MergeMemory> merge;
     alignas(8) uint64_t full[kMaxStages];
     uint64_t empty[kMaxStages];
     uint64_t task_full[kTasks];
     uint64_t task_empty[kTasks];
-    Place place;                                 // of large batches
-    int scan[kThreads / 32];                     // on the way there
-    int32_t page_ids[2][kPageSlots][kTile / 2];  // of the producer and the helper
+    Place place;              // of large batches
+    int scan[kThreads / 32];  // on the way there
+    int32_t page_ids[kCopyWarps][kPageSlots][kTile / kCopyWarps];
     // The ring follows, at the next multiple of 1024: [num_stages][kStageBytes].
   };
   static constexpr int kRingOffset = (sizeof(SharedStorage) + 1023) / 1024 * 1024;
+  static_assert(!kMeets || kRingOffset + 2 * kStageBytes <= 227 * 1024,
+                "a tile comes beside another");
 
   // The waiting states of one level of a batch-invariant item's tree; see tree_fixup.h.
   static constexpr int kFoldLevelStates = kRows * kHeadDimV / 4;
@@ -319,7 +356,7 @@ __device__ __forceinline__ bool is_paged(const DecodeParams& params) {
   if constexpr (!Features::kContiguous) return true;
   return Features::kPaged && params.block_table;
 }
-// Up to 16 rows mma wastes less than wgmma, which always takes 64.
+// Up to 16 rows mma wastes less than wgmma, which always takes 64; but for wide heads.
 constexpr int kFewestWgmmaRows = 32;
 
 // Whether a kernel has code for the architecture that is being compiled for: wgmma where that is, and mma
@@ -331,7 +368,8 @@ LEANATTN_HD constexpr bool has_code() {
 #else
   if (Traits::kAppends && LEANATTN_ARCH < 900) return false;  // that is by bulk copies
   if (Traits::kWgmma) return LEANATTN_HAS_WGMMA;
-  const bool has_choice = Traits::kRows >= kFewestWgmmaRows && !Traits::kFloat8;
+  const bool has_choice =
+      (Traits::kRows >= kFewestWgmmaRows || (Traits::kWide && !Traits::kTree)) && !Traits::kFloat8;
   return !LEANATTN_HAS_WGMMA || !has_choice;
 #endif
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include <cuda_bf16.h>
@@ -33,13 +34,23 @@ __device__ __forceinline__ uint64_t make_operand(const uint8_t* smem, int block_
   return descriptor;
 }
 
-// The same operand, `bytes` further on.
+// The same operand, `bytes` further on: its address is in the lower word, which does not overflow.
 __device__ __forceinline__ uint64_t advance_operand(uint64_t operand, int bytes) {
-  return operand + (bytes >> 4);
+  const uint32_t low = static_cast<uint32_t>(operand) + (bytes >> 4);
+  return operand >> 32 << 32 | low;
+}
+
+// The same operand, of which the compiler no longer knows that it is. Else it would have all that are counted
+// from it, in registers, before the loop.
+__device__ __forceinline__ uint64_t rebase_operand(uint64_t operand) {
+  auto low = static_cast<uint32_t>(operand);
+  asm volatile("" : "+r"(low));
+  return operand >> 32 << 32 | low;
 }
 
 // The atoms for kColumns columns of D: scores have both operands in shared memory, with their depth
-// contiguous; values have P in registers, and V with its columns contiguous.
+// contiguous; values have P in registers, or in shared memory with its tokens contiguous, and V with its columns
+// contiguous; transposed ones have V as the 64 rows.
 template <class Element, int kColumns>
 struct WgmmaAtoms;
 
@@ -52,24 +63,33 @@ struct WgmmaAtoms;
     using Values =                                                                           \
         cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_RS<cute::SM90::GMMA::Major::K,   \
                                                                cute::SM90::GMMA::Major::MN>; \
+    using TransposedValues =                                                                 \
+        cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_SS<cute::SM90::GMMA::Major::MN,  \
+                                                               cute::SM90::GMMA::Major::K>;  \
+    using SharedValues =                                                                     \
+        cute::SM90::GMMA::MMA_64x##kColumns##x16_##kTypes##_SS<cute::SM90::GMMA::Major::K,   \
+                                                               cute::SM90::GMMA::Major::MN>; \
   };
+LEANATTN_WGMMA_ATOMS(__half, 16, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 32, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 64, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 128, F32F16F16)
 LEANATTN_WGMMA_ATOMS(__half, 256, F32F16F16)
+LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 16, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 32, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 64, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 128, F32BF16BF16)
 LEANATTN_WGMMA_ATOMS(__nv_bfloat16, 256, F32BF16BF16)
 #undef LEANATTN_WGMMA_ATOMS
 
-// d = q k^T, or d += q k^T, for 16 of D. By a warpgroup; done when wgmma_wait returns.
+// d = a b^T, or d += a b^T, for 16 of D: of q and k, a the one with 64 rows. By a warpgroup; done when
+// wgmma_wait returns.
 template <class Element, int kBlocks>
-__device__ __forceinline__ void wgmma_scores(float (&d)[kBlocks][4], uint64_t q, uint64_t k,
+__device__ __forceinline__ void wgmma_scores(float (&d)[kBlocks][4], uint64_t a, uint64_t b,
                                              bool add) {
   [&]<size_t... i>(std::index_sequence<i...>) {
     WgmmaAtoms<Element, kBlocks * 8>::Scores::fma(
-        q, k, d[i / 4][i % 4]...,
+        a, b, d[i / 4][i % 4]...,
         add ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
   }(std::make_index_sequence<kBlocks * 4>());
 }
@@ -84,11 +104,32 @@ __device__ __forceinline__ void wgmma_values(float (&d)[kBlocks][4], const uint3
   }(std::make_index_sequence<kBlocks * 4>());
 }
 
+// The same with p in shared memory.
+template <class Element, int kBlocks>
+__device__ __forceinline__ void wgmma_values(float (&d)[kBlocks][4], uint64_t p, uint64_t v) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    WgmmaAtoms<Element, kBlocks * 8>::SharedValues::fma(p, v, d[i / 4][i % 4]...,
+                                                        cute::SM90::GMMA::ScaleOut::One);
+  }(std::make_index_sequence<kBlocks * 4>());
+}
+
+// d += v^T p^T, for 16 tokens: 64 columns of v.
+template <class Element, int kBlocks>
+__device__ __forceinline__ void wgmma_transposed_values(float (&d)[kBlocks][4], uint64_t v,
+                                                        uint64_t p) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    WgmmaAtoms<Element, kBlocks * 8>::TransposedValues::fma(v, p, d[i / 4][i % 4]...,
+                                                            cute::SM90::GMMA::ScaleOut::One);
+  }(std::make_index_sequence<kBlocks * 4>());
+}
+
 // Around every batch of wgmma: registers that it uses stay as they are from the one to the other.
-template <class T, int kBlocks>
-__device__ __forceinline__ void fence_registers(T (&registers)[kBlocks][4]) {
-  for (int j = 0; j < kBlocks; ++j) {
-    for (int i = 0; i < 4; ++i) cute::warpgroup_fence_operand(registers[j][i]);
+template <class T>
+__device__ __forceinline__ void fence_registers(T& registers) {
+  if constexpr (std::is_array_v<T>) {
+    for (auto& part : registers) fence_registers(part);
+  } else {
+    cute::warpgroup_fence_operand(registers);
   }
 }
 
