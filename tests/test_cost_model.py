@@ -91,8 +91,8 @@ def tuned(headers, pattern):
     for path in RESULTS.glob(pattern):
         for line in path.read_text().splitlines():
             match = re.match(
-                r"(b(\d+) (\d+)/(\d+) D(\d+)(/512)? s(\d+)(?: b[hs]+d)?): loss .*: "
-                r"chosen (.*)",
+                r"(b(\d+) (\d+)/(\d+) D(\d+)(/512)? s(\d+)(?: b[hs]+d)?): "
+                r"loss .*: chosen (.*)",
                 line,
             )
             if not match:
@@ -134,8 +134,8 @@ def losses_of(headers, machine, shapes):
 
 
 def test_what_an_h200_was_fastest_with(headers, machine):
-    """As many of those shapes as bench/VERSIONS.md says, v12, lose to another layout. Teams of several
-    clusters had not been tried."""
+    """As many of those shapes as bench/VERSIONS.md says, v12, lose to another layout. Teams of
+    several clusters had not been tried."""
     shapes = tuned(headers, "2026-11-28-h200-tune-*.txt")
     assert len(shapes) == 119
     losses, untried = losses_of(headers, machine, shapes)

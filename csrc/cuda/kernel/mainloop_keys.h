@@ -42,7 +42,7 @@ struct KeysState {
   static constexpr int kDimBlocks = Traits::kHeadDimV / 64;
 
   float max[kRowSteps][2];
-  float sum[kRowSteps][2];  // this lane's share until the end
+  float sum[kRowSteps][2];            // this lane's share until the end
   float o[kDimBlocks][kRowSteps][4];  // O^T fragments: [64 of Dv, 8 rows]
 
   __device__ __forceinline__ void clear() {
@@ -208,7 +208,8 @@ class KeysMainLoop {
         }
       }
     }
-    meet(new_max, [](float a, float b, float c, float d) { return fmaxf(fmaxf(a, b), fmaxf(c, d)); });
+    meet(new_max,
+         [](float a, float b, float c, float d) { return fmaxf(fmaxf(a, b), fmaxf(c, d)); });
     bool rescale = false;
     float factor[kRowSteps][2];
 #pragma unroll

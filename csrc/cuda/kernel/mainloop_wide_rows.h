@@ -92,8 +92,7 @@ class WideRowsMainLoop {
     for (int depth = 0; depth < Traits::kDepthSteps; ++depth) {
       const int block = depth / 4;
       const int within = depth % 4 * 32;
-      wgmma_scores<Element>(products,
-                            advance_operand(q, block * Traits::kQueryRows * 128 + within),
+      wgmma_scores<Element>(products, advance_operand(q, block * Traits::kQueryRows * 128 + within),
                             advance_operand(k, block * Traits::kTile * 128 + within), depth > 0);
     }
     wgmma_wait(products);
@@ -101,8 +100,8 @@ class WideRowsMainLoop {
 
   __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, State& state) const {
     const int block = half() * (Traits::kWarpDim / 64);
-    const uint64_t v = rebase_operand(
-        make_operand(v_smem + block * (Traits::kTile * 128), Traits::kTile * 128));
+    const uint64_t v =
+        rebase_operand(make_operand(v_smem + block * (Traits::kTile * 128), Traits::kTile * 128));
     const uint64_t p = rebase_operand(make_operand(meeting_.p));
     wgmma_begin(state.o);
 #pragma unroll
@@ -159,10 +158,9 @@ class WideRowsMainLoop {
           p[h * 2 + c] = fast_exp2(p[h * 2 + c] - base);
           state.sum[h] += p[h * 2 + c];
         }
-        uint8_t* chunk_smem = meeting_.p + swizzled_offset<Traits::kQueryRows>(
-                                               place_.row(h), half() * kBlocks + j);
-        reinterpret_cast<uint32_t*>(chunk_smem)[place_.t] =
-            pack<Element>(p[h * 2], p[h * 2 + 1]);
+        uint8_t* chunk_smem =
+            meeting_.p + swizzled_offset<Traits::kQueryRows>(place_.row(h), half() * kBlocks + j);
+        reinterpret_cast<uint32_t*>(chunk_smem)[place_.t] = pack<Element>(p[h * 2], p[h * 2 + 1]);
       }
     }
     // Most tiles bring no new maximum in any row.

@@ -21,8 +21,8 @@ __device__ __forceinline__ void for_each_chunk(uint8_t* v_smem, const StepTokens
   constexpr int kChunks = Traits::kHeadDimV / 8;
   const int first = clamp_to(keys.begin - step.token, 0, step.tokens);
   // INT32_MAX is all that follow, the token behind the last possible one too.
-  const int last = keys.end == INT32_MAX ? step.tokens
-                                         : clamp_to(keys.end - step.token, 0, step.tokens);
+  const int last =
+      keys.end == INT32_MAX ? step.tokens : clamp_to(keys.end - step.token, 0, step.tokens);
 #pragma unroll 1
   for (int i = first * kChunks + thread; i < last * kChunks; i += threads) {
     visit(v_smem + swizzled_offset<Traits::kTile>(step.row + i / kChunks, i % kChunks));
@@ -35,9 +35,9 @@ template <class Traits>
 __device__ __forceinline__ void clear_unseen_values(uint8_t* v_smem, const StepTokens& step,
                                                     const ItemKeys& keys, int thread, int threads) {
   const auto clear = [&](KeyRange unseen) {
-    for_each_chunk<Traits>(
-        v_smem, step, unseen, thread, threads,
-        [](uint8_t* chunk_smem) { *reinterpret_cast<uint4*>(chunk_smem) = uint4{}; });
+    for_each_chunk<Traits>(v_smem, step, unseen, thread, threads, [](uint8_t* chunk_smem) {
+      *reinterpret_cast<uint4*>(chunk_smem) = uint4{};
+    });
   };
   clear({0, keys.any.begin});
   clear({keys.any.end, INT32_MAX});
@@ -51,13 +51,12 @@ __device__ __forceinline__ bool spoils_some_rows(uint8_t* v_smem, const StepToke
   if (Traits::kPlainItems || keys.alike()) return false;
   bool spoils = false;
   const auto look_at = [&](KeyRange seen_by_some) {
-    for_each_chunk<Traits>(v_smem, step, seen_by_some, threadIdx.x % 32, 32,
-                           [&](const uint8_t* chunk_smem) {
-                             const uint4 chunk = *reinterpret_cast<const uint4*>(chunk_smem);
-                             spoils |=
-                                 has_nonfinite<Element>(chunk.x) || has_nonfinite<Element>(chunk.y) ||
-                                 has_nonfinite<Element>(chunk.z) || has_nonfinite<Element>(chunk.w);
-                           });
+    for_each_chunk<Traits>(
+        v_smem, step, seen_by_some, threadIdx.x % 32, 32, [&](const uint8_t* chunk_smem) {
+          const uint4 chunk = *reinterpret_cast<const uint4*>(chunk_smem);
+          spoils |= has_nonfinite<Element>(chunk.x) || has_nonfinite<Element>(chunk.y) ||
+                    has_nonfinite<Element>(chunk.z) || has_nonfinite<Element>(chunk.w);
+        });
   };
   if (keys.all.empty()) {
     look_at(keys.any);
