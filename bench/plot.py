@@ -45,6 +45,7 @@ STYLES = {  # implementation -> colour, line, marker
     "flashinfer-xqa": (_VERMILION, ":", "<"),
     "fa2": (_GREY, "-", "X"),
     "fa3": (_PURPLE, "-", "X"),
+    "flashmla": (_PURPLE, "--", "P"),
 }
 _SWEEP_COLOURS = (_BLUE, _ORANGE, _GREEN, _VERMILION, _PURPLE, _SKY, _GREY)
 _HATCHES = {"-": "", "--": "////", ":": "....", "-.": "xxxx"}  # of bars, where lines have these

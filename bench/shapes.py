@@ -406,6 +406,12 @@ def general():
     return [s for shape in _served() for s in masked(shape)]
 
 
+def long():
+    """One sequence of half a million tokens and more."""
+    tokens = (1 << 19, 1 << 20, 1 << 22)
+    return [uniform(1, *heads, 128, n) for heads in ((32, 8), (8, 1)) for n in tokens]
+
+
 def tiny():
     """A few KiB of each kind, to try the bench itself where there is no GPU."""
     ragged = Shape(4, 2, 64, (5, 96, 40), "b3 4/2 D64 5 to 96")
@@ -425,8 +431,8 @@ def tiny():
 
 MAIN_SETS = {"seed": seed, "gqa": gqa, "ragged": ragged, "paged": paged, "spec": spec}
 MODEL_SETS = {"model": model, "capacity": capacity, "general": general}
-SETS = {**MAIN_SETS, "latent": latent, "float8": float8, "versions": versions, **MODEL_SETS,
-        "tiny": tiny}  # fmt: skip
+SETS = {**MAIN_SETS, "latent": latent, "float8": float8, "long": long, "versions": versions,
+        **MODEL_SETS, "tiny": tiny}  # fmt: skip
 
 
 def shapes_of(names, all_sets=MAIN_SETS):

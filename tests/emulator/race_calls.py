@@ -13,10 +13,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from native.build import import_module
 
-# Units, items a team takes, units a team, cluster. The sanitizer has room for 25 CTAs.
-STREAM_K = [(1, 0, 1, False), (5, 0, 1, False)]
-TEAMS = [(4, 1, 1, False), (2, 2, 1, False), (12, 1, 3, False)]
-CLUSTERS = [(8, 1, 2, True), (12, 1, 3, True)]
+# Units, items a team takes, units a team, and a cluster. The sanitizer has room for 25 CTAs.
+STREAM_K = [(1, 0, 1, 1), (5, 0, 1, 1)]
+TEAMS = [(4, 1, 1, 1), (2, 2, 1, 1), (12, 1, 3, 1)]
+CLUSTERS = [(8, 1, 2, 2), (12, 1, 3, 3), (16, 1, 4, 2)]
 random = np.random.default_rng(1)
 
 
@@ -45,7 +45,7 @@ def decode(
     settings = dict(wgmma=False, tma=True, batch_invariant=False, window_left=-1, window_right=0)
     module.decode(
         q=q, k=k, v=v, cache_seqlens=lengths, block_table=table, cu_seqlens_q=None, rows=rows,
-        num_units=layout[0], items_per_team=layout[1], team_size=layout[2], clustered=layout[3],
+        num_units=layout[0], items_per_team=layout[1], team_size=layout[2], cluster_size=layout[3],
         scale=0.1, slack_tiles=1 << 20, stages=3, seed=1, **{**settings, **options},
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ def float8(module):
 
 def wgmma(module):
     for rows, dim, heads in [(64, 64, 20), (128, 64, 40), (32, 128, 20), (64, 256, 20)]:
-        layouts = [STREAM_K[1], (2, 1, 1, False), (4, 1, 2, True)]
+        layouts = [STREAM_K[1], (2, 1, 1, 1), (4, 1, 2, 2), (8, 1, 4, 2)]
         for i, layout in enumerate(layouts):
             seqlen_q = 1 if rows == 32 else 3
             decode(module, layout, rows, dim, (heads, 1), seqlen_q, tma=i > 0, wgmma=True)
@@ -86,8 +86,13 @@ def tree(module):
 def wide(module):
     decode(module, STREAM_K[1], 16, 576, heads=(10, 1), seqlen_q=3, latent=True)
     decode(module, CLUSTERS[0], 16, 576, heads=(10, 1), tma=False)
-    decode(module, (2, 1, 1, False), 64, 576, heads=(20, 1), wgmma=True, latent=True)
-    decode(module, STREAM_K[1], 64, 576, heads=(20, 1), wgmma=True, tma=False)
+    for rows, heads in [(16, 10), (32, 20), (64, 40)]:
+        wgmma = dict(heads=(heads, 1), wgmma=True)
+        decode(
+            module, (2, 1, 1, 1), rows, 576, seqlen_q=2 if rows == 64 else 1, latent=True, **wgmma
+        )
+        decode(module, STREAM_K[1], rows, 576, tma=False, **wgmma)
+        decode(module, (8, 1, 4, 2), rows, 576, latent=True, **wgmma)
 
 
 def pages(module):
