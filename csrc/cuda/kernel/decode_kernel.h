@@ -2,8 +2,8 @@
 // copies it, segment by segment, and its consumers compute it.
 // Reading order: in core/ schedule.h, segment_walker.h, softmax_state.h, head_pairs.h; here traits.h,
 // locate.h, ring.h, rope.h, new_row.h, task_queue.h, loaders.h, loaders_paged.h, produce.h, empty_rows.h,
-// scoring.h, cache_fragments.h, depth_split.h, mainloop.h, step_values.h,
-// mainloop_warpgroup.h, mainloop_keys.h, mainloop_wide_rows.h, warp_merge.h, output.h, fixup.h, cluster_fixup.h, tree_fixup.h.
+// scoring.h, cache_fragments.h, depth_split.h, mainloop.h, step_values.h, mainloop_warpgroup.h, wide_tile.h,
+// mainloop_keys.h, mainloop_wide_rows.h, warp_merge.h, output.h, fixup.h, cluster_fixup.h, tree_fixup.h.
 //
 // The start is short on purpose. In a model its code and parameters come cold from memory, a line at a
 // time, and all wait for the producer: so it copies the unit's first K, q and V before it does anything else.

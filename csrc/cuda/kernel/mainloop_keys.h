@@ -8,8 +8,8 @@
 #pragma once
 
 #include "mainloop.h"
-#include "step_values.h"
 #include "wgmma.h"
+#include "wide_tile.h"
 
 namespace leanattn {
 
@@ -83,7 +83,8 @@ class KeysMainLoop {
     }
     for (int tile = tile_begin; tile < tile_end; ++tile) {
       if (tile % 2 == place_.slice) {
-        take_tile(tile, ring, state);
+        take_wide_tile<Traits, Element>(*this, params_, segment_->keys, scoring_.scaled_only(),
+                                        tile, ring, state);
       } else {
         // The other warpgroup's. An arrival must not count for an earlier round.
         for (int stage = values_in_keys<Traits>(params_) ? 1 : 0; stage < 2; ++stage) {
@@ -96,47 +97,12 @@ class KeysMainLoop {
     add_up_sums(state);
   }
 
- private:
+  // Of take_wide_tile:
+
   using Scores = float[kRowSteps][4];  // S^T: [64 tokens, 8 rows] each
 
-  __device__ __forceinline__ void sync_warpgroup() const {
+  __device__ __forceinline__ void sync() const {
     ptx::bar_sync(kSliceBarrier + place_.slice, Traits::kSliceThreads);
-  }
-
-  __device__ __forceinline__ void take_tile(int tile, Ring<Traits>& ring, State& state) {
-    const int token = tile * Traits::kTile;
-    const ItemKeys& keys = segment_->keys;
-    // Subtracted, since token + kTile may be 2^31.
-    const bool is_seen = token >= keys.any.begin && keys.any.end - token >= Traits::kTile;
-    const bool is_clear = token >= keys.all.begin && keys.all.end - token >= Traits::kTile;
-    const bool one_stage = values_in_keys<Traits>(params_);
-    Scores scores;
-    ring.wait_full();
-    multiply_keys(ring.stage_smem(), scores);
-    if (!one_stage) {
-      ring.release();
-      ring.advance();
-    }
-    if (is_clear && scoring_.scaled_only()) {
-      softmax<true>(token, scores, state);
-    } else {
-      softmax<false>(token, scores, state);
-    }
-    if (!one_stage) ring.wait_full();
-    uint8_t* v_smem = ring.stage_smem();
-    const StepTokens step{token, 0, Traits::kTile};
-    // All warps have read the keys: they have met in the softmax.
-    if (!is_seen) clear_unseen_values<Traits>(v_smem, step, keys, threadIdx.x % 128, 128);
-    // What has been written is for wgmma, and zeros come before the copy that refills the stage.
-    ptx::fence_proxy_async();
-    sync_warpgroup();  // all of P is written, and all zeros
-    if (!is_clear && spoils_some_rows<Traits, Element>(v_smem, step, keys)) {
-      multiply_values_by_token(v_smem, token, state);
-    } else {
-      multiply_values(v_smem, state);
-    }
-    ring.release();
-    ring.advance();
   }
 
   __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
@@ -168,29 +134,6 @@ class KeysMainLoop {
       }
     }
     wgmma_wait(state.o);
-  }
-
-  // Numbers of each row, one of each lane (n, c), become those of all warps: combine(4 of them). Whoever
-  // comes here again writes to the other turn's place, and behind its barrier nobody reads this one's.
-  template <class Combine>
-  __device__ __forceinline__ void meet(float (&numbers)[kRowSteps][2], const Combine& combine) {
-    auto& rows = meeting_.rows[turn_];
-    turn_ ^= 1;
-    if (place_.g == 0) {
-      for (int n = 0; n < kRowSteps; ++n) {
-        *reinterpret_cast<float2*>(&rows[place_.warp][place_.row(n, 0)]) =
-            float2{numbers[n][0], numbers[n][1]};
-      }
-    }
-    sync_warpgroup();  // all warps' numbers are there
-    for (int n = 0; n < kRowSteps; ++n) {
-      float2 of[4];
-      for (int warp = 0; warp < 4; ++warp) {
-        of[warp] = *reinterpret_cast<const float2*>(&rows[warp][place_.row(n, 0)]);
-      }
-      numbers[n][0] = combine(of[0].x, of[1].x, of[2].x, of[3].x);
-      numbers[n][1] = combine(of[0].y, of[1].y, of[2].y, of[3].y);
-    }
   }
 
   // P^T goes to shared memory, [rows][64 tokens]. Every warp has been behind the barrier of this tile's
@@ -246,22 +189,6 @@ class KeysMainLoop {
     }
   }
 
-  // Dot products of row step n become scores.
-  template <bool kClear>
-  __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
-    if constexpr (kClear) {
-      for (int e = 0; e < 4; ++e) scores[n][e] = scoring_.scaled(scores[n][e]);
-    } else {
-      for (int c = 0; c < 2; ++c) {
-        scoring_.finish(place_.row(n, c), position_[n][c], [&](auto score) {
-          for (int e = c; e < 4; e += 2) {
-            scores[n][e] = score(scores[n][e], token + place_.token(e / 2));
-          }
-        });
-      }
-    }
-  }
-
   // The slow and exact way, without wgmma: each token's value is added only to the rows that see it.
   __device__ __forceinline__ void multiply_values_by_token(const uint8_t* v_smem, int token,
                                                            State& state) const {
@@ -292,6 +219,46 @@ class KeysMainLoop {
             }
           }
         }
+      }
+    }
+  }
+
+ private:
+  // Numbers of each row, one of each lane (n, c), become those of all warps: combine(4 of them). Whoever
+  // comes here again writes to the other turn's place, and behind its barrier nobody reads this one's.
+  template <class Combine>
+  __device__ __forceinline__ void meet(float (&numbers)[kRowSteps][2], const Combine& combine) {
+    auto& rows = meeting_.rows[turn_];
+    turn_ ^= 1;
+    if (place_.g == 0) {
+      for (int n = 0; n < kRowSteps; ++n) {
+        *reinterpret_cast<float2*>(&rows[place_.warp][place_.row(n, 0)]) =
+            float2{numbers[n][0], numbers[n][1]};
+      }
+    }
+    sync();  // all warps' numbers are there
+    for (int n = 0; n < kRowSteps; ++n) {
+      float2 of[4];
+      for (int warp = 0; warp < 4; ++warp) {
+        of[warp] = *reinterpret_cast<const float2*>(&rows[warp][place_.row(n, 0)]);
+      }
+      numbers[n][0] = combine(of[0].x, of[1].x, of[2].x, of[3].x);
+      numbers[n][1] = combine(of[0].y, of[1].y, of[2].y, of[3].y);
+    }
+  }
+
+  // Dot products of row step n become scores.
+  template <bool kClear>
+  __device__ __forceinline__ void finish_scores(int token, int n, Scores& scores) const {
+    if constexpr (kClear) {
+      for (int e = 0; e < 4; ++e) scores[n][e] = scoring_.scaled(scores[n][e]);
+    } else {
+      for (int c = 0; c < 2; ++c) {
+        scoring_.finish(place_.row(n, c), position_[n][c], [&](auto score) {
+          for (int e = c; e < 4; e += 2) {
+            scores[n][e] = score(scores[n][e], token + place_.token(e / 2));
+          }
+        });
       }
     }
   }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "mainloop_warpgroup.h"
-#include "step_values.h"
+#include "wide_tile.h"
 
 namespace leanattn {
 
@@ -31,71 +31,34 @@ class WideRowsMainLoop {
     ptx::fence_proxy_async();  // cp.async has written q by the generic proxy
     state.clear();
     for (int h = 0; h < 2; ++h) position_[h] = scoring_.position_of_row(place_.row(h));
-    for (int tile = tile_begin; tile < tile_end; ++tile) take_tile(tile, ring, state);
+    for (int tile = tile_begin; tile < tile_end; ++tile) {
+      take_wide_tile<Traits, Element>(*this, params_, segment_->keys, scoring_.scaled_only(), tile,
+                                      ring, state);
+    }
     state.reduce_sum();
     meet(state.sum, [](float left, float right) { return left + right; });
   }
 
- private:
-  using Products = float[kBlocks][4];  // S: [64 rows, 8 tokens] each
+  // Of take_wide_tile:
 
-  // Which half of a tile's tokens this warpgroup scores, and of Dv it has.
-  __device__ __forceinline__ int half() const { return place_.dim_group; }
+  using Scores = float[kBlocks][4];  // S: [64 rows, 8 tokens] each
 
-  __device__ __forceinline__ void sync_all() const {
+  __device__ __forceinline__ void sync() const {
     ptx::bar_sync(kSliceBarrier, Traits::kSliceThreads);
   }
 
-  __device__ __forceinline__ void take_tile(int tile, Ring<Traits>& ring, State& state) {
-    const int token = tile * Traits::kTile;
-    const ItemKeys& keys = segment_->keys;
-    // Subtracted, since token + kTile may be 2^31.
-    const bool is_seen = token >= keys.any.begin && keys.any.end - token >= Traits::kTile;
-    const bool is_clear = token >= keys.all.begin && keys.all.end - token >= Traits::kTile;
-    const bool one_stage = values_in_keys<Traits>(params_);
-    Products products;
-    ring.wait_full();
-    multiply_keys(ring.stage_smem(), products);
-    if (!one_stage) {
-      ring.release();
-      ring.advance();
-    }
-    if (is_clear && scoring_.scaled_only()) {
-      softmax<true>(token, products, state);
-    } else {
-      softmax<false>(token, products, state);
-    }
-    if (!one_stage) ring.wait_full();
-    uint8_t* v_smem = ring.stage_smem();
-    const StepTokens step{token, 0, Traits::kTile};
-    // Both warpgroups have read the keys: they have met in the softmax.
-    if (!is_seen) {
-      clear_unseen_values<Traits>(v_smem, step, keys, threadIdx.x, Traits::kSliceThreads);
-    }
-    // What has been written is for wgmma, and zeros come before the copy that refills the stage.
-    ptx::fence_proxy_async();
-    sync_all();  // all of P is written, and all zeros
-    if (!is_clear && spoils_some_rows<Traits, Element>(v_smem, step, keys)) {
-      multiply_values_by_token(v_smem, token, state);
-    } else {
-      multiply_values(v_smem, state);
-    }
-    ring.release();
-    ring.advance();
-  }
-
-  __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Products& products) const {
+  __device__ __forceinline__ void multiply_keys(const uint8_t* k_smem, Scores& scores) const {
     const uint64_t k = rebase_operand(make_operand(k_smem + half() * kHalfTokens * 128));
     const uint64_t q = rebase_operand(q_);
-    wgmma_begin(products);
+    wgmma_begin(scores);
 #pragma unroll
     for (int depth = 0; depth < Traits::kDepthSteps; ++depth) {
       const int block = depth / 4;
       const int within = depth % 4 * 32;
-      wgmma_scores<Element>(products, advance_operand(q, block * Traits::kQueryRows * 128 + within),
+      wgmma_scores<Element>(scores, advance_operand(q, block * Traits::kQueryRows * 128 + within),
                             advance_operand(k, block * Traits::kTile * 128 + within), depth > 0);
     }
-    wgmma_wait(products);
+    wgmma_wait(scores);
   }
 
   __device__ __forceinline__ void multiply_values(const uint8_t* v_smem, State& state) const {
@@ -111,32 +74,17 @@ class WideRowsMainLoop {
     wgmma_wait(state.o);
   }
 
-  // A number of each row, which the four lanes of the row have, becomes combine(left half's, right half's).
-  // Whoever comes here again writes to the other turn's place, and behind its barrier nobody reads this one's.
-  template <class Combine>
-  __device__ __forceinline__ void meet(float (&numbers)[2], const Combine& combine) {
-    auto& rows = meeting_.rows[turn_];
-    turn_ ^= 1;
-    if (place_.t == 0) {
-      for (int h = 0; h < 2; ++h) rows[half()][place_.row(h)] = numbers[h];
-    }
-    sync_all();  // both halves' numbers are there
-    for (int h = 0; h < 2; ++h) {
-      numbers[h] = combine(rows[0][place_.row(h)], rows[1][place_.row(h)]);
-    }
-  }
-
   // P goes to shared memory, [64 rows][64 tokens]. Every warp has been behind the barrier of this tile's
   // largest scores, so its products with the tile before are done.
   template <bool kClear>
-  __device__ __forceinline__ void softmax(int token, Products& products, State& state) {
+  __device__ __forceinline__ void softmax(int token, Scores& scores, State& state) {
     float new_max[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      finish_scores<kClear>(token + half() * kHalfTokens, h, products);
+      finish_scores<kClear>(token + half() * kHalfTokens, h, scores);
       new_max[h] = state.max[h];
       for (int j = 0; j < kBlocks; ++j) {
-        new_max[h] = fmaxf(new_max[h], fmaxf(products[j][h * 2], products[j][h * 2 + 1]));
+        new_max[h] = fmaxf(new_max[h], fmaxf(scores[j][h * 2], scores[j][h * 2 + 1]));
       }
       for (int lanes = 1; lanes < 4; lanes *= 2) {
         new_max[h] = fmaxf(new_max[h], __shfl_xor_sync(~0u, new_max[h], lanes));
@@ -153,7 +101,7 @@ class WideRowsMainLoop {
       state.sum[h] *= factor[h];
       const float base = exponent_base(new_max[h]);
       for (int j = 0; j < kBlocks; ++j) {
-        float (&p)[4] = products[j];
+        float (&p)[4] = scores[j];
         for (int c = 0; c < 2; ++c) {
           p[h * 2 + c] = fast_exp2(p[h * 2 + c] - base);
           state.sum[h] += p[h * 2 + c];
@@ -169,24 +117,6 @@ class WideRowsMainLoop {
       for (int j = 0; j < kValueBlocks; ++j) {
         for (int e = 0; e < 4; ++e) state.o[j][e] *= factor[e / 2];
       }
-    }
-  }
-
-  // Dot products of half h of the rows, with the keys from `token` on, become scores.
-  template <bool kClear>
-  __device__ __forceinline__ void finish_scores(int token, int h, Products& products) const {
-    if constexpr (kClear) {
-      for (int j = 0; j < kBlocks; ++j) {
-        for (int e = h * 2; e < h * 2 + 2; ++e) products[j][e] = scoring_.scaled(products[j][e]);
-      }
-    } else {
-      scoring_.finish(place_.row(h), position_[h], [&](auto score) {
-        for (int j = 0; j < kBlocks; ++j) {
-          for (int e = h * 2; e < h * 2 + 2; ++e) {
-            products[j][e] = score(products[j][e], token + j * 8 + place_.t * 2 + e % 2);
-          }
-        }
-      });
     }
   }
 
@@ -216,6 +146,43 @@ class WideRowsMainLoop {
           state.o[j][h * 2 + 1] += p[h] * v.y;
         }
       }
+    }
+  }
+
+ private:
+  // Which half of a tile's tokens this warpgroup scores, and of Dv it has.
+  __device__ __forceinline__ int half() const { return place_.dim_group; }
+
+  // A number of each row, which the four lanes of the row have, becomes combine(left half's, right half's).
+  // Whoever comes here again writes to the other turn's place, and behind its barrier nobody reads this one's.
+  template <class Combine>
+  __device__ __forceinline__ void meet(float (&numbers)[2], const Combine& combine) {
+    auto& rows = meeting_.rows[turn_];
+    turn_ ^= 1;
+    if (place_.t == 0) {
+      for (int h = 0; h < 2; ++h) rows[half()][place_.row(h)] = numbers[h];
+    }
+    sync();  // both halves' numbers are there
+    for (int h = 0; h < 2; ++h) {
+      numbers[h] = combine(rows[0][place_.row(h)], rows[1][place_.row(h)]);
+    }
+  }
+
+  // Dot products of half h of the rows, with the keys from `token` on, become scores.
+  template <bool kClear>
+  __device__ __forceinline__ void finish_scores(int token, int h, Scores& scores) const {
+    if constexpr (kClear) {
+      for (int j = 0; j < kBlocks; ++j) {
+        for (int e = h * 2; e < h * 2 + 2; ++e) scores[j][e] = scoring_.scaled(scores[j][e]);
+      }
+    } else {
+      scoring_.finish(place_.row(h), position_[h], [&](auto score) {
+        for (int j = 0; j < kBlocks; ++j) {
+          for (int e = h * 2; e < h * 2 + 2; ++e) {
+            scores[j][e] = score(scores[j][e], token + j * 8 + place_.t * 2 + e % 2);
+          }
+        }
+      });
     }
   }
 
