@@ -147,6 +147,24 @@ def test_nan_shows_only_where_it_is_seen(rows, wgmma, heads, dims, units, emulat
         hold(emulate(case, rows, (units, 0, 1, 1), wgmma=wgmma), case)
 
 
+@pytest.mark.parametrize(
+    "rows, heads, dims", [(64, 20, (64, 64)), (16, 10, (576, 512)), (64, 40, (576, 512))]
+)
+def test_nan_behind_the_last_token_that_there_can_be(rows, heads, dims, emulate):
+    """Of 2^31 - 1 tokens the last tile has room for one more, which wgmma must not meet."""
+    case = make_case("cpu", torch.float16, lengths=(255,), heads=(heads, 1), dims=dims)
+    case = paginate(case, 256)
+    case["window_left"] = 20
+    case["v_cache"][:, 255] = torch.nan
+    short = emulate(case, rows, LAYOUTS["stream-k-1"], wgmma=True)
+    assert short[0].isfinite().all()
+    page = case["block_table"][0, 0].item()
+    case["block_table"] = torch.full((1, 1 << 23), page, dtype=torch.int32)
+    case["cache_seqlens"] = torch.tensor([2**31 - 1], dtype=torch.int32)
+    for ours, others in zip(emulate(case, rows, LAYOUTS["stream-k-1"], wgmma=True), short):
+        assert_same_bits(ours, others)
+
+
 @pytest.mark.parametrize("layout", ["stream-k-3", "whole-items", "two-clusters-of-3"])
 @pytest.mark.parametrize("rows, heads", [(16, 16), (64, 40)])
 def test_lean_wide_heads(rows, heads, layout, emulate):

@@ -94,7 +94,8 @@ py::tuple decode(const Bits& q, const py::array& k, const py::array& v, bool bf1
   problem.group_size = p.num_heads_q / static_cast<int>(k.shape(2));
   problem.seqlen_q = ragged ? 1 : static_cast<int>(q.shape(1));
   problem.total_q = ragged ? static_cast<int>(q.shape(0)) : 0;
-  problem.capacity = static_cast<int>(k.shape(1) * (block_table ? block_table->shape(1) : 1));
+  problem.capacity = static_cast<int>(
+      std::min<int64_t>(k.shape(1) * (block_table ? block_table->shape(1) : 1), INT32_MAX));
   problem.tile_tokens_log2 = tile_tokens_log2_for(std::max(p.head_dim, p.head_dim_v));
   problem.mask = {window_left, window_right};
 
