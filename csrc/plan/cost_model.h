@@ -191,8 +191,9 @@ inline LayoutChoice choose_layout(const Items& items, const Machine& machine) {
   }
   consider_teams(1, machine.num_sms);
   // Several clusters, where one an item would leave more than half of the SMs idle. Where the other half keeps the
-  // memory busy, more of them have cost more than they bring: b1 28/4 D128 s131072 took 67.2 us by 8*2, 67.4 by
-  // 4*4, and some 70 by 6*5 and by 4*7. Of more items two clusters each alone, for the same reason.
+  // memory busy, more of them have cost more than they bring: b1 28/4 D128 s131072 took 67.2 us by 8*2 and 67.4
+  // by 4*4, and in other runs, whose floor was 1 us higher, 69.6 by 6*5 and 71.6 by 4*7. Of more items two
+  // clusters each alone: b8 64/1 D128 s16384 took 36.7 by 8, 40.3 by 2*8.
   const int half = machine.num_sms / 2;
   const bool half_is_enough = half * items.unit_bytes_per_us() >= 0.9 * machine.bytes_per_us;
   if (items.count < half / kMaxClusterSize) {

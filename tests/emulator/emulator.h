@@ -88,10 +88,8 @@ struct Fiber {
   int issued = 0, landed = 0;
   std::shared_ptr<Observed> copier;
   std::vector<int> commits;
-  // wgmma: products issued, each with its operand B, and batches of them that were committed
-  using Products = std::vector<std::pair<uint64_t, std::function<void()>>>;
-  Products products;
-  std::deque<Products> batches;
+  // wgmma: products issued, each with its operand B
+  std::vector<std::pair<uint64_t, std::function<void()>>> products;
 };
 
 struct Cluster;

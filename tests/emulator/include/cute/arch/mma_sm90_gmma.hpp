@@ -154,25 +154,19 @@ inline void warpgroup_fence_operand(uint32_t&) {}
 
 inline void warpgroup_arrive() { emulator::meet_warpgroup("wgmma.fence", 0); }
 
-inline void warpgroup_commit_batch() {
-  auto& batches = emulator::fiber().batches;
-  batches.push_back(std::move(emulator::fiber().products));
-  emulator::fiber().products.clear();
-}
+inline void warpgroup_commit_batch() {}
 
-// Of the batches committed the last n may go on.
 template <int n>
 void warpgroup_wait() {
-  auto& batches = emulator::fiber().batches;
-  while (batches.size() > n) {
-    uint64_t operands = batches.front().size();
-    for (const auto& [b, compute] : batches.front()) operands = operands * 31 + b;
-    emulator::meet_warpgroup("wgmma.wait_group", operands);
-    for (const auto& [b, compute] : batches.front()) compute();
-    batches.pop_front();
-    // Done: whoever goes on may overwrite what the others have read.
-    emulator::meet_warpgroup("wgmma.wait_group", operands);
-  }
+  static_assert(n == 0);
+  emulator::Fiber& self = emulator::fiber();
+  uint64_t operands = self.products.size();
+  for (const auto& [b, compute] : self.products) operands = operands * 31 + b;
+  emulator::meet_warpgroup("wgmma.wait_group", operands);
+  for (const auto& [b, compute] : self.products) compute();
+  self.products.clear();
+  // Done: whoever goes on may overwrite what the others have read.
+  emulator::meet_warpgroup("wgmma.wait_group", operands);
 }
 
 }  // namespace cute
